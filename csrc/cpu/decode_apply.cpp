@@ -1,0 +1,130 @@
+#include "decode_apply.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace compressed_ddp {
+namespace {
+
+constexpr int64_t kTileNumel = 8192; // 32 KiB of fp32 sums: the first-level data cache of current processors
+
+// A bucket beyond this does not stay in the caches until the optimizer reads it; storing past the cache then saves reading
+// every line before it is overwritten.
+constexpr int64_t kStreamBytes = 8 << 20;
+
+void scale_and_store(float* sums, int64_t numel, float scale, float* out, bool stream) {
+  int64_t i = 0;
+#if defined(__SSE2__)
+  if (stream) {
+    for (; i < numel && (reinterpret_cast<uintptr_t>(out + i) & 15) != 0; ++i) {
+      out[i] = sums[i] * scale;
+      sums[i] = 0;
+    }
+    const __m128 factor = _mm_set1_ps(scale);
+    for (; i + 4 <= numel; i += 4) {
+      _mm_stream_ps(out + i, _mm_mul_ps(_mm_loadu_ps(sums + i), factor));
+      _mm_storeu_ps(sums + i, _mm_setzero_ps());
+    }
+  }
+#else
+  (void)stream;
+#endif
+  for (; i < numel; ++i) {
+    out[i] = sums[i] * scale;
+    sums[i] = 0;
+  }
+}
+
+template <typename gradient_t>
+void scale_and_store(float* sums, int64_t numel, float scale, gradient_t* out, bool) {
+  for (int64_t i = 0; i < numel; ++i) {
+    from_float(sums[i] * scale, out[i]);
+    sums[i] = 0;
+  }
+}
+
+template <typename gradient_t>
+void decode_apply_typed(const Layout& layout, const DecodeApplyArguments& a, int64_t begin, int64_t end) {
+  const int64_t stride_bytes = payload_bytes(layout);
+  const float scale = 1.0f / static_cast<float>(a.world_size);
+  const bool stream = layout.numel * static_cast<int64_t>(sizeof(gradient_t)) >= kStreamBytes;
+  auto* bucket = static_cast<gradient_t*>(a.bucket);
+
+  std::vector<int64_t> cursor(static_cast<size_t>(a.world_size)); // next entry of each rank
+  for (int64_t rank = 0; rank < a.world_size; ++rank) {
+    const int32_t* indices = payload_indices(layout, a.gathered + rank * stride_bytes);
+    cursor[static_cast<size_t>(rank)] = std::lower_bound(indices, indices + layout.selected_numel, begin * kTileNumel) - indices;
+  }
+  std::vector<const Segment*> dense; // segments from the first tile on
+  for (const Segment& segment : layout.segments)
+    if (segment.group == kDenseGroup && segment.numel > 0 && segment.offset + segment.numel > begin * kTileNumel && segment.offset < end * kTileNumel) dense.push_back(&segment);
+
+  size_t first_dense = 0;
+  alignas(64) float sums[kTileNumel] = {};
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t tile_begin = tile * kTileNumel;
+    const int64_t tile_end = std::min(tile_begin + kTileNumel, layout.numel);
+    while (first_dense < dense.size() && dense[first_dense]->offset + dense[first_dense]->numel <= tile_begin) ++first_dense;
+    for (int64_t rank = 0; rank < a.world_size; ++rank) {
+      const uint8_t* payload = a.gathered + rank * stride_bytes;
+      const int32_t* indices = payload_indices(layout, payload);
+      const float* values = payload_values(layout, payload);
+      int64_t entry = cursor[static_cast<size_t>(rank)];
+      for (; entry < layout.selected_numel && indices[entry] < tile_end; ++entry) sums[indices[entry] - tile_begin] += values[entry];
+      cursor[static_cast<size_t>(rank)] = entry;
+      const float* dense_values = payload_dense(layout, payload);
+      for (size_t s = first_dense; s < dense.size() && dense[s]->offset < tile_end; ++s) {
+        const int64_t from = std::max(dense[s]->offset, tile_begin);
+        const int64_t to = std::min(dense[s]->offset + dense[s]->numel, tile_end);
+        const float* in = dense_values + dense[s]->dense_offset + (from - dense[s]->offset);
+        for (int64_t i = 0; i < to - from; ++i) sums[from - tile_begin + i] += in[i];
+      }
+    }
+    scale_and_store(sums, tile_end - tile_begin, scale, bucket + tile_begin, stream);
+  }
+#if defined(__SSE2__)
+  if (stream) _mm_sfence(); // streamed stores become visible before another thread is told that the bucket is ready
+#endif
+}
+
+} // namespace
+
+std::string check_gathered(const Layout& layout, const uint8_t* gathered, int64_t world_size, int64_t step) {
+  for (int64_t rank = 0; rank < world_size; ++rank) {
+    const std::string problem = check_payload(layout, gathered + rank * payload_bytes(layout), static_cast<uint32_t>(rank), static_cast<uint32_t>(world_size), step);
+    if (!problem.empty()) return "the payload of rank " + std::to_string(rank) + " is not what this rank expects (" + problem + ")";
+  }
+  return {};
+}
+
+bool any_non_finite(const Layout& layout, const uint8_t* gathered, int64_t world_size) {
+  for (int64_t rank = 0; rank < world_size; ++rank)
+    if ((read_header(gathered + rank * payload_bytes(layout)).flags & kFlagNonFinite) != 0) return true;
+  return false;
+}
+
+int64_t num_decode_tiles(const Layout& layout) { return (layout.numel + kTileNumel - 1) / kTileNumel; }
+
+void decode_apply_tiles(const Layout& layout, const DecodeApplyArguments& arguments, int64_t begin, int64_t end) {
+  switch (arguments.type) {
+    case GradientType::kFloat32: return decode_apply_typed<float>(layout, arguments, begin, end);
+    case GradientType::kFloat16: return decode_apply_typed<Float16>(layout, arguments, begin, end);
+    default: return decode_apply_typed<BFloat16>(layout, arguments, begin, end);
+  }
+}
+
+void fill_nan(const Layout& layout, void* bucket, GradientType type) {
+  const auto count = static_cast<size_t>(layout.numel);
+  switch (type) {
+    case GradientType::kFloat32: std::fill_n(static_cast<float*>(bucket), count, std::numeric_limits<float>::quiet_NaN()); break;
+    case GradientType::kFloat16: std::fill_n(static_cast<Float16*>(bucket), count, Float16{0x7e00}); break;
+    default: std::fill_n(static_cast<BFloat16*>(bucket), count, BFloat16{0x7fc0}); break;
+  }
+}
+
+} // namespace compressed_ddp

@@ -1,0 +1,52 @@
+// Stage 4, decode_apply_: the payloads of all ranks, summed into the bucket in place. Torch-free.
+//
+//   bucket[i] = round((((0 + d_0[i]) + d_1[i]) + .. + d_{P-1}[i]) * fp32(1 / P))
+// where d_p is what rank p sent (its selected entry at i, or its dense entry, or nothing); additions in rank order, in fp32; one
+// multiplication; one rounding to the bucket's type. The own payload is decoded from its bytes like any other, so the result is
+// bitwise the same on every rank, whatever the number of threads. If any payload carries the non-finite flag the whole
+// bucket becomes NaN on every rank.
+//
+// Method: a tile of the bucket that fits the first-level cache is summed in scratch, rank by rank, then scaled and stored once.
+// Indices ascend, so each rank's entries of a tile are one run, found by a cursor.
+#pragma once
+
+#include <string>
+
+#include "../wire_format.h"
+#include "float_types.h"
+
+namespace compressed_ddp {
+
+struct DecodeApplyArguments {
+  const uint8_t* gathered; // [world_size, payload_bytes(layout)], checked by check_gathered
+  int64_t world_size;
+  void* bucket;            // [numel] of `type`, written
+  GradientType type;
+};
+
+// Checks every payload (wire_format.h: check_payload). Empty, or one line that names the rank and the field.
+std::string check_gathered(const Layout& layout, const uint8_t* gathered, int64_t world_size, int64_t step);
+
+// True when some rank flagged a non-finite entry.
+bool any_non_finite(const Layout& layout, const uint8_t* gathered, int64_t world_size);
+
+int64_t num_decode_tiles(const Layout& layout);
+
+// Parallel over tiles.
+void decode_apply_tiles(const Layout& layout, const DecodeApplyArguments& arguments, int64_t begin, int64_t end);
+
+// bucket = NaN everywhere.
+void fill_nan(const Layout& layout, void* bucket, GradientType type);
+
+// After check_gathered. parallel_for as in compensate_select.h. Returns whether the bucket became NaN.
+template <typename ParallelFor>
+bool decode_apply(const Layout& layout, const DecodeApplyArguments& arguments, ParallelFor&& parallel_for) {
+  if (any_non_finite(layout, arguments.gathered, arguments.world_size)) {
+    fill_nan(layout, arguments.bucket, arguments.type);
+    return true;
+  }
+  parallel_for(num_decode_tiles(layout), [&](int64_t begin, int64_t end) { decode_apply_tiles(layout, arguments, begin, end); });
+  return false;
+}
+
+} // namespace compressed_ddp

@@ -1,0 +1,74 @@
+// The three gradient types as plain memory, and the key that orders entries by magnitude. Torch-free.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+namespace compressed_ddp {
+
+enum class GradientType : uint8_t { kFloat32, kFloat16, kBFloat16 };
+
+inline constexpr int64_t element_bytes(GradientType type) { return type == GradientType::kFloat32 ? 4 : 2; }
+
+// Distinct C++ types for the two 16-bit formats, so that templates choose the conversion.
+struct Float16 { uint16_t bits; };
+struct BFloat16 { uint16_t bits; };
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+inline float to_float(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) { // Inf, NaN; a signalling NaN becomes quiet, as the hardware conversion does
+    const uint32_t quiet = magnitude > 0x7c00u ? 0x400000u : 0u;
+    return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13 | quiet);
+  }
+  if (magnitude < 0x400u) { // zero and denormals: an integer times 2^-24, exact in fp32
+    const float value = static_cast<float>(magnitude) * 0x1p-24f;
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | sign);
+  }
+  return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000u));
+}
+
+// Round to nearest, ties to even; overflow becomes Inf, NaN stays a (quiet) NaN.
+inline void from_float(float value, float& out) { out = value; }
+
+inline void from_float(float value, BFloat16& out) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    out.bits = static_cast<uint16_t>(bits >> 16 | 0x40u);
+    return;
+  }
+  out.bits = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+inline void from_float(float value, Float16& out) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    out.bits = static_cast<uint16_t>(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
+  } else if (magnitude >= 0x477ff000u) { // 65520: the first fp32 that rounds beyond 65504
+    out.bits = static_cast<uint16_t>(sign | 0x7c00u);
+  } else if (magnitude < 0x38800000u) { // below 2^-14: the fp32 adder does the rounding to a multiple of 2^-24
+    const float shifted = std::bit_cast<float>(magnitude) + 0.5f; // ulp(0.5) = 2^-24
+    out.bits = static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(0.5f)));
+  } else {
+    out.bits = static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13));
+  }
+}
+
+// Order of magnitudes as integers: NaN > Inf > finite, +0 == -0, all NaN equal. (architecture.md, contract 1)
+inline constexpr uint32_t kInfinityKey = 0x7f800000u;
+inline constexpr uint32_t kNanKey = 0x7fffffffu;
+inline constexpr uint32_t kCanonicalNanBits = 0x7fc00000u; // how every NaN is written to a payload
+
+inline uint32_t selection_key(float value) {
+  const uint32_t magnitude = std::bit_cast<uint32_t>(value) & 0x7fffffffu;
+  return magnitude > kInfinityKey ? kNanKey : magnitude;
+}
+inline bool is_finite_key(uint32_t key) { return key < kInfinityKey; }
+
+} // namespace compressed_ddp
