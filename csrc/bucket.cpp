@@ -1,0 +1,131 @@
+#include "bucket.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include "cpu/decode_apply.h"
+#include "cpu/restore.h"
+#include "wire_format.h"
+
+namespace compressed_ddp {
+namespace {
+
+const auto torch_parallel_for = [](int64_t count, auto&& function) { at::parallel_for(0, count, 1, function); };
+
+} // namespace
+
+GradientType gradient_type(const at::Tensor& gradient) {
+  switch (gradient.scalar_type()) {
+    case at::kFloat: return GradientType::kFloat32;
+    case at::kHalf: return GradientType::kFloat16;
+    case at::kBFloat16: return GradientType::kBFloat16;
+    default: TORCH_CHECK_VALUE(false, "compressed_ddp: expected gradients of dtype float32, float16 or bfloat16, got ", gradient.scalar_type(), "; leave such a model to DDP's own all-reduce");
+  }
+}
+
+Bucket::Bucket(BucketKey key, Scope scope, int64_t min_compress_numel) : key_(std::move(key)), scope_(scope) {
+  for (size_t e = 0; e < key_.entries.size(); ++e) {
+    const Entry& entry = *key_.entries[e];
+    int64_t offset = 0;
+    for (const int64_t numel : entry.segment_numels) {
+      parts_.push_back({e, offset, numel, entry.exempt || entry.is_vector || numel < min_compress_numel || numel == 0});
+      offset += numel;
+    }
+  }
+  if (key_.presence_numel > 0) parts_.push_back({key_.entries.size(), 0, key_.presence_numel, true});
+}
+
+std::string Bucket::name() const {
+  if (key_.entries.empty()) return "(empty)";
+  const Entry& first = *key_.entries.front();
+  if (!first.name.empty()) return first.name;
+  std::string text = "a parameter of shape [";
+  for (size_t i = 0; i < first.sizes.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(first.sizes[i]);
+  return text + "]";
+}
+
+uint64_t Bucket::structure_hash() const {
+  uint64_t hash = hash_bytes(&key_.type, sizeof key_.type);
+  for (const Part& part : parts_) {
+    const int64_t numbers[] = {static_cast<int64_t>(part.entry), part.numel, part.dense};
+    hash = hash_bytes(numbers, sizeof numbers, hash);
+  }
+  return hash;
+}
+
+int64_t Bucket::numel() const {
+  int64_t numel = 0;
+  for (const Part& part : parts_) numel += part.numel;
+  return numel;
+}
+
+void Bucket::prepare(double density, int64_t world_size, ResidualStore* residuals, CompensateSelect::Scratch& scratch) {
+  const bool error_feedback = residuals != nullptr;
+  if (density == density_ && world_size == world_size_ && error_feedback == error_feedback_) return;
+  if (density != density_) {
+    std::vector<int64_t> numels, groups, group_numels;
+    for (const Part& part : parts_) {
+      numels.push_back(part.numel);
+      if (part.dense) {
+        groups.push_back(kDenseGroup);
+        continue;
+      }
+      if (scope_ == Scope::kTensor || group_numels.empty()) group_numels.push_back(0);
+      group_numels.back() += part.numel;
+      groups.push_back(static_cast<int64_t>(group_numels.size()) - 1);
+    }
+    std::vector<int64_t> k;
+    for (const int64_t numel : group_numels) k.push_back(selection_k(density, numel));
+    layout_ = Layout::make(numels, groups, k);
+    compensate_select_ = std::make_unique<CompensateSelect>(layout_);
+    compensate_select_->use_scratch(scratch);
+  }
+  residuals_.assign(parts_.size(), nullptr);
+  for (size_t s = 0; s < parts_.size(); ++s) {
+    if (parts_[s].dense || !error_feedback) continue;
+    Entry& entry = *key_.entries[parts_[s].entry];
+    residuals->ensure_residual(entry);
+    residuals_[s] = entry.residual.data_ptr<float>() + parts_[s].offset;
+  }
+  unused_.assign(parts_.size(), 0);
+  payload_ = at::empty({payload_bytes(layout_)}, at::dtype(at::kByte));
+  gathered_ = at::empty({world_size, payload_bytes(layout_)}, at::dtype(at::kByte));
+  density_ = density;
+  world_size_ = world_size;
+  error_feedback_ = error_feedback;
+}
+
+void Bucket::compensate_select_and_encode(const at::Tensor& gradient, const std::vector<uint8_t>& unused, uint32_t rank, int64_t step) {
+  for (size_t s = 0; s < parts_.size(); ++s) unused_[s] = parts_[s].entry < unused.size() ? unused[parts_[s].entry] : 0;
+  auto* payload = payload_.data_ptr<uint8_t>();
+  // compensate_select_ writes its entries straight into the payload: encode has nothing left to copy.
+  const PayloadEntries entries = payload_entries(layout_, payload);
+  const CompensateSelectArguments arguments{gradient.const_data_ptr(), key_.type, error_feedback_ ? residuals_.data() : nullptr, unused_.data(), entries.indices, entries.values};
+  const CompensateSelectStatistics selected = compensate_select(*compensate_select_, arguments, torch_parallel_for);
+  sent_ = error_feedback_;
+  const EncodeStatistics dense = encode_dense(layout_, gradient.const_data_ptr(), key_.type, unused_.data(), payload);
+  encode_header(layout_, rank, static_cast<uint32_t>(world_size_), step, selected.non_finite + dense.non_finite > 0, payload);
+  for (const Part& part : parts_)
+    if (!part.dense) key_.entries[part.entry]->was_compressed = true;
+  last.gradient_sq = selected.gradient_sq + dense.gradient_sq;
+  last.residual_sq = selected.residual_sq;
+  last.sent_sq = selected.sent_sq;
+  last.payload_bytes = static_cast<double>(payload_bytes(layout_));
+}
+
+bool Bucket::decode_apply(at::Tensor& gradient, int64_t step) const {
+  const auto* gathered = gathered_.const_data_ptr<uint8_t>();
+  const std::string problem = check_gathered(layout_, gathered, world_size_, step);
+  if (!problem.empty()) throw std::runtime_error(problem);
+  const DecodeApplyArguments arguments{gathered, world_size_, gradient.mutable_data_ptr(), key_.type};
+  return compressed_ddp::decode_apply(layout_, arguments, torch_parallel_for);
+}
+
+void Bucket::restore() {
+  if (!sent_) return;
+  compressed_ddp::restore(layout_, payload_.const_data_ptr<uint8_t>(), unused_.data(), residuals_.data());
+  sent_ = false;
+}
+
+} // namespace compressed_ddp

@@ -1,0 +1,102 @@
+// One bucket on its way: compensate_select_ -> encode -> exchange -> decode_apply_, with the buffers that it needs each step.
+// The engine decides what runs; here is how.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/compensate_select.h"
+#include "cpu/encode.h"
+#include "layout.h"
+#include "residuals.h"
+
+namespace compressed_ddp {
+
+enum class Scope : int64_t { kTensor = 0, kBucket = 1 };
+
+// What identifies a bucket: its parts in order and the gradient's type. Equal keys share one Bucket.
+struct BucketKey {
+  std::vector<EntryPtr> entries;
+  int64_t presence_numel = 0; // dense fp32 entries behind the last parameter (all_reduce_gradients), 0 for DDP
+  GradientType type;
+  bool operator==(const BucketKey& other) const { return entries == other.entries && presence_numel == other.presence_numel && type == other.type; }
+};
+
+// What one step did with a bucket; written by whoever finishes it, read when nothing is in flight.
+struct BucketStep {
+  int64_t step = -1;
+  bool dense = false;
+  double bytes_sent = 0;
+  double dense_bytes = 0;
+  double gradient_bytes = 0;
+  double payload_bytes = 0;
+  double gradient_sq = 0;
+  double residual_sq = 0;
+  double sent_sq = 0;
+};
+
+class Bucket {
+ public:
+  Bucket(BucketKey key, Scope scope, int64_t min_compress_numel);
+
+  const BucketKey& key() const { return key_; }
+  const Layout& layout() const { return layout_; }
+  int64_t world_size() const { return world_size_; }
+  std::string name() const; // for messages: the first parameter's name or shape
+
+  // Layout for this density and buffers for this world size; allocates only when one of them changed.
+  void prepare(double density, int64_t world_size, ResidualStore* residuals, CompensateSelect::Scratch& scratch);
+
+  // Stages 1 and 2. gradient: flat CPU tensor [layout numel]. unused: per entry. Afterwards payload() is complete.
+  void compensate_select_and_encode(const at::Tensor& gradient, const std::vector<uint8_t>& unused, uint32_t rank, int64_t step);
+  const at::Tensor& payload() const { return payload_; }
+  at::Tensor& gathered() { return gathered_; }
+
+  // Stage 4. Throws (the bucket untouched) when a payload is not what it should be. Returns whether some rank was non-finite.
+  bool decode_apply(at::Tensor& gradient, int64_t step) const;
+
+  // Puts what was sent last back into the residual, once.
+  void restore();
+  // What was sent last is spent: it reached every rank and the step counts.
+  void forget_sent() { sent_ = false; }
+
+  // Numbers and exemptions of the parts, without k: what has to be the same on every rank at every density.
+  uint64_t structure_hash() const;
+  int64_t numel() const;
+
+  BucketStep last;
+  // Kept until the next use of this bucket, so that neither is destroyed on a worker thread of the process group.
+  c10::intrusive_ptr<c10d::Work> work;
+  c10::IValue result;
+
+ private:
+  struct Part { // one segment of the layout
+    size_t entry;
+    int64_t offset; // in the entry
+    int64_t numel;
+    bool dense;
+  };
+
+  BucketKey key_;
+  Scope scope_;
+  std::vector<Part> parts_;
+  double density_ = 0;
+  int64_t world_size_ = 0;
+  bool error_feedback_ = false;
+  Layout layout_;
+  std::unique_ptr<CompensateSelect> compensate_select_;
+  std::vector<float*> residuals_; // per segment
+  std::vector<uint8_t> unused_;   // per segment, of the last step
+  at::Tensor payload_;
+  at::Tensor gathered_;
+  bool sent_ = false; // payload_ holds entries that are missing from the residual
+};
+
+// CPU element type of a gradient; ValueError for others.
+GradientType gradient_type(const at::Tensor& gradient);
+
+} // namespace compressed_ddp

@@ -1,0 +1,432 @@
+#include "engine.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "exchange.h"
+#include "wire_format.h"
+
+namespace compressed_ddp {
+namespace {
+
+using Future = c10::ivalue::Future;
+
+std::string text_of(const std::exception& error) {
+  const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
+  return torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
+}
+
+std::exception_ptr failed_exchange(const Engine::Place& place, const std::exception& error) {
+  return std::make_exception_ptr(std::runtime_error(
+      "compressed_ddp: the exchange of the bucket that begins with '" + place.bucket + "' failed at step " + std::to_string(place.step) + " on rank " + std::to_string(place.rank) + " of " + std::to_string(place.world_size) + ": " + text_of(error) +
+      ". Usually another rank has died or is stalled beyond the process group's timeout: look for the first error in the other ranks' logs. Nothing is lost here: what this rank had selected goes back into its residual, so state.state_dict() "
+      "can still be saved; then restart from the last checkpoint."));
+}
+
+std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> storages_of(const at::Tensor& tensor) {
+  return {tensor.storage().getWeakStorageImpl()};
+}
+
+} // namespace
+
+Engine::Engine(EngineOptions options) : options_(std::move(options)), process_group_(c10::intrusive_ptr<c10d::ProcessGroup>()) {}
+
+void Engine::set_process_group(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
+  const std::lock_guard lock(mutex_);
+  process_group_ = c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group);
+  agreed_structures_.clear();
+}
+
+bool Engine::has_process_group() const {
+  const std::lock_guard lock(mutex_);
+  return !process_group_.expired();
+}
+
+// ---- what comes in
+
+c10::intrusive_ptr<Future> Engine::run(const std::function<void(Request&)>& fill, at::Tensor buffer, c10::IValue result, c10::TypePtr result_type) {
+  std::vector<c10::Device> devices;
+  if (!buffer.is_cpu()) devices.push_back(buffer.device());
+  auto future = c10::make_intrusive<Future>(std::move(result_type), std::move(devices));
+  try {
+    const std::lock_guard lock(mutex_);
+    Request request;
+    request.buffer = std::move(buffer);
+    request.result = std::move(result);
+    request.future = future;
+    fill(request);
+    reduce(std::move(request));
+  } catch (...) {
+    future->setError(std::current_exception());
+  }
+  return future;
+}
+
+c10::intrusive_ptr<Future> Engine::reduce_bucket(c10d::GradBucket& bucket, c10::IValue result, c10::TypePtr result_type) {
+  const auto fill = [&](Request& request) {
+    TORCH_CHECK_VALUE(!request.buffer.is_sparse(), "topk_ef_hook: expected a dense bucket, got a sparse gradient (an Embedding with sparse=True); use sparse=False for a model that is compressed");
+    check_one_model(bucket);
+    for (const at::Tensor& parameter : bucket.getParameters()) {
+      request.entries.push_back(residuals_.of_parameter(parameter));
+      // Not used in this backward pass: DDP will not hand a result to it, so its residual must not be spent.
+      request.unused.push_back(!parameter.grad().defined());
+    }
+  };
+  return run(fill, bucket.getBuffer(), std::move(result), std::move(result_type));
+}
+
+c10::intrusive_ptr<Future> Engine::reduce_named(at::Tensor buffer, const std::string& name, const std::vector<int64_t>& sizes, const std::vector<int64_t>& segment_numels, bool exempt, c10::IValue result, c10::TypePtr result_type) {
+  const auto fill = [&](Request& request) { request.entries.push_back(residuals_.of_name(name, sizes, segment_numels, exempt)); };
+  return run(fill, std::move(buffer), std::move(result), std::move(result_type));
+}
+
+c10::intrusive_ptr<Future> Engine::reduce_parameters(at::Tensor buffer, const std::vector<at::Tensor>& parameters, const std::vector<uint8_t>& unused, c10::IValue result, c10::TypePtr result_type) {
+  const auto fill = [&](Request& request) {
+    for (const at::Tensor& parameter : parameters) request.entries.push_back(residuals_.of_parameter(parameter));
+    request.unused = unused;
+    request.presence_numel = static_cast<int64_t>(parameters.size());
+  };
+  return run(fill, std::move(buffer), std::move(result), std::move(result_type));
+}
+
+void Engine::check_one_model(const c10d::GradBucket& bucket) {
+  // Nothing tells a hook which model a bucket comes from. But one model never shows an index again with parameters that are all
+  // new, once its last bucket has been seen; a second model begins with exactly that.
+  if (!residuals_.is_bound()) {
+    bool all_new = true;
+    for (const at::Tensor& parameter : bucket.getParameters()) all_new = all_new && residuals_.find_parameter(parameter) == nullptr;
+    TORCH_CHECK_VALUE(!(all_new && saw_last_bucket_ && seen_indices_.contains(bucket.getIndex())), "topk_ef_hook: this TopKEFState already serves another model: one state serves one model, because its residuals belong to that model's parameters; create a second TopKEFState");
+  }
+  seen_indices_.insert(bucket.getIndex());
+  saw_last_bucket_ = saw_last_bucket_ || bucket.isLast();
+}
+
+void Engine::check_entries(const Request& request) const {
+  int64_t numel = request.presence_numel;
+  for (const EntryPtr& entry : request.entries) numel += entry->numel;
+  TORCH_CHECK_VALUE(numel == request.buffer.numel() && request.buffer.dim() == 1 && request.buffer.is_contiguous(), "compressed_ddp: expected a flat contiguous bucket of ", numel, " entries, got ", request.buffer.sizes(), " with strides ", request.buffer.strides());
+  for (const EntryPtr& entry : request.entries) {
+    if (!entry->name.empty()) continue;
+    TORCH_CHECK_VALUE(!options_.exempt_needs_names, "topk_ef_hook: exempt was given, but the parameters have no names yet, so it cannot be followed; call state.bind(model) before training, or pass named_parameters=model.named_parameters() to TopKEFState");
+    TORCH_CHECK_VALUE(!residuals_.has_waiting(), "topk_ef_hook: a loaded state waits for the names of the parameters; call state.bind(model) before training, or pass named_parameters=model.named_parameters() to TopKEFState");
+  }
+}
+
+// ---- steps
+
+void Engine::begin_step_if_repeated(const Request& request) {
+  const bool repeated = std::any_of(request.entries.begin(), request.entries.end(), [&](const EntryPtr& entry) { return entry->last_step == step_; });
+  if (repeated) {
+    wait_until_idle();
+    settle(false);
+    metrics_ = current_metrics();
+    ++step_;
+    step_buckets_.clear();
+    agreement_bytes_ = 0;
+  }
+  step_begun_ = true;
+  for (const EntryPtr& entry : request.entries) entry->last_step = step_;
+}
+
+double Engine::density_of_current_step() {
+  if (!options_.density_of_step) return options_.density;
+  if (density_step_ != step_) {
+    const double density = options_.density_of_step(step_);
+    TORCH_CHECK_VALUE(density > 0.0 && density <= 1.0, "TopKEFState: density(", step_, ") must be in (0, 1], got ", density);
+    density_ = density;
+    density_step_ = step_;
+  }
+  return density_;
+}
+
+void Engine::wait_until_idle() {
+  std::unique_lock lock(progress_->mutex);
+  progress_->idle.wait(lock, [&] { return progress_->in_flight == 0; });
+}
+
+// What the last step sent is now either spent, or goes back because the optimizer did not use that step.
+void Engine::settle(bool restore_all) {
+  const std::lock_guard lock(progress_->mutex);
+  for (const auto& bucket : step_buckets_) {
+    if (progress_->step_is_bad || restore_all) bucket->restore();
+    else bucket->forget_sent();
+  }
+  progress_->step_is_bad = false;
+}
+
+// ---- the path
+
+void Engine::reduce(Request request) {
+  check_entries(request);
+  const c10::intrusive_ptr<c10d::ProcessGroup> process_group = process_group_.lock();
+  TORCH_CHECK(process_group, "compressed_ddp: the process group is gone (destroy_process_group was called?); create a new TopKEFState, or a new process group before the next step");
+  begin_step_if_repeated(request);
+  if (!request.buffer.is_cpu() && !is_dense_step()) return reduce_through_host(std::move(request));
+  const std::shared_ptr<Bucket> bucket = bucket_of(request);
+  if (is_dense_step()) return reduce_dense(bucket, std::move(request), process_group);
+  reduce_sparse(bucket, std::move(request), process_group);
+}
+
+std::shared_ptr<Bucket> Engine::bucket_of(const Request& request) {
+  BucketKey key{request.entries, request.presence_numel, gradient_type(request.buffer)};
+  const Entry* first = request.entries.empty() ? nullptr : request.entries.front().get();
+  const auto [begin, end] = buckets_.equal_range(first);
+  for (auto found = begin; found != end; ++found)
+    if (found->second->key() == key) return found->second;
+  // A rebuilt bucket takes its parameters from older ones, which will not come again: their buffers go.
+  const std::set<EntryPtr> taken(key.entries.begin(), key.entries.end());
+  std::erase_if(buckets_, [&](const auto& item) {
+    const auto& entries = item.second->key().entries;
+    return std::any_of(entries.begin(), entries.end(), [&](const EntryPtr& entry) { return taken.contains(entry); });
+  });
+  return buckets_.emplace(first, std::make_shared<Bucket>(std::move(key), options_.scope, options_.min_compress_numel))->second;
+}
+
+void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
+  const int64_t world_size = process_group->getSize();
+  const auto rank = static_cast<uint32_t>(process_group->getRank());
+  agree(*bucket, *process_group);
+  bucket->prepare(density_of_current_step(), world_size, options_.error_feedback ? &residuals_ : nullptr, scratch_);
+
+  bucket->compensate_select_and_encode(request.buffer, request.unused, rank, step_);
+  has_compressed_ = true;
+  const auto gradient_bytes = static_cast<int64_t>(request.buffer.nbytes());
+  bucket->last.step = step_;
+  bucket->last.dense = false;
+  bucket->last.gradient_bytes = static_cast<double>(gradient_bytes);
+  bucket->last.dense_bytes = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
+  bucket->last.bytes_sent = all_gather_sent_bytes(world_size, bucket->payload().numel());
+  step_buckets_.push_back(bucket);
+
+  const Place place{bucket->name(), step_, static_cast<int>(rank), static_cast<int>(world_size)};
+  start(
+      bucket, request, place, [&] { return start_all_gather(*process_group, bucket->payload(), bucket->gathered()); },
+      [bucket, buffer = request.buffer, step = step_]() mutable { return bucket->decode_apply(buffer, step); });
+}
+
+// Starts the collective; when it is done, runs `apply` (returns whether the step is bad) and completes the future. `apply` runs on a
+// thread of the process group, or right here when the collective is already done: no GIL, no other collective, no engine.
+void Engine::start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place, const std::function<c10::intrusive_ptr<c10d::Work>()>& collective, std::function<bool()> apply) {
+  bucket->result = request.result;
+  {
+    const std::lock_guard lock(progress_->mutex);
+    ++progress_->in_flight;
+  }
+  const auto finish = [progress = progress_](bool bad) {
+    const std::lock_guard lock(progress->mutex);
+    progress->step_is_bad = progress->step_is_bad || bad;
+    --progress->in_flight;
+    progress->idle.notify_all();
+  };
+  try {
+    bucket->work = collective();
+  } catch (const std::exception& error) {
+    finish(true);
+    std::rethrow_exception(failed_exchange(place, error));
+  }
+  bucket->work->getFuture()->addCallback([finish, place, apply = std::move(apply), buffer = request.buffer, result = request.result, future = request.future](Future& done) mutable {
+    std::exception_ptr failure;
+    bool bad = false;
+    try {
+      if (done.hasError()) std::rethrow_exception(done.exception_ptr());
+      bad = apply();
+    } catch (const std::exception& error) {
+      failure = failed_exchange(place, error);
+    }
+    finish(bad || failure != nullptr);
+    if (failure != nullptr) future->setError(failure);
+    else future->markCompleted(std::move(result), storages_of(buffer));
+  });
+}
+
+void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
+  const int64_t world_size = process_group->getSize();
+  agree(*bucket, *process_group);
+  const auto gradient_bytes = static_cast<int64_t>(request.buffer.nbytes());
+  bucket->last = {};
+  bucket->last.step = step_;
+  bucket->last.dense = true;
+  bucket->last.gradient_bytes = bucket->last.payload_bytes = static_cast<double>(gradient_bytes);
+  bucket->last.dense_bytes = bucket->last.bytes_sent = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
+  if (request.buffer.is_cpu()) {
+    const auto norm = at::linalg_vector_norm(request.buffer, 2, std::nullopt, false, at::kFloat).item<double>();
+    bucket->last.gradient_sq = bucket->last.sent_sq = norm * norm;
+  } else { // would have to wait for the device
+    bucket->last.gradient_sq = bucket->last.sent_sq = std::nan("");
+  }
+  step_buckets_.push_back(bucket);
+  request.buffer.div_(world_size); // before the sum, so that fp16 does not overflow
+  const Place place{bucket->name(), step_, process_group->getRank(), static_cast<int>(world_size)};
+  if (request.buffer.is_cpu()) return start(bucket, request, place, [&] { return start_all_reduce(*process_group, request.buffer); }, [] { return false; });
+  bucket->work = start_all_reduce(*process_group, request.buffer);
+  bucket->work->wait(); // makes the current stream wait; the future then records it
+  request.future->markCompleted(request.result, storages_of(request.buffer));
+}
+
+// Devices without an engine of their own: through host memory, and done when the hook returns.
+void Engine::reduce_through_host(Request request) {
+  Request host = request;
+  host.buffer = request.buffer.to(at::kCPU);
+  host.result = c10::IValue(host.buffer);
+  host.future = c10::make_intrusive<Future>(c10::TensorType::get());
+  const c10::intrusive_ptr<c10d::ProcessGroup> process_group = process_group_.lock();
+  const auto future = host.future;
+  const at::Tensor staged = host.buffer;
+  reduce_sparse(bucket_of(host), std::move(host), process_group);
+  future->waitAndThrow();
+  request.buffer.copy_(staged);
+  request.future->markCompleted(request.result, storages_of(request.buffer));
+}
+
+// ---- agreement
+
+void Engine::agree(const Bucket& bucket, c10d::ProcessGroup& process_group) {
+  const uint64_t structure = bucket.structure_hash();
+  const bool dense = is_dense_step();
+  const bool callable = static_cast<bool>(options_.density_of_step);
+  // With a callable density any step may change k, on one rank alone if the callable is wrong: compare once in every step.
+  const bool compare_step = callable && !dense && agreed_step_ != step_;
+  if (agreed_structures_.contains(structure) && !compare_step) return;
+
+  AgreementRecord record;
+  record.wire_version = kWireVersion;
+  record.rank = process_group.getRank();
+  record.world_size = process_group.getSize();
+  record.step = step_;
+  record.density = callable && dense ? 0.0 : density_of_current_step();
+  record.density_is_callable = callable;
+  record.scope = static_cast<int64_t>(options_.scope);
+  record.error_feedback = options_.error_feedback;
+  record.dense_steps = options_.dense_steps;
+  record.min_compress_numel = options_.min_compress_numel;
+  record.gradient_type = static_cast<int64_t>(bucket.key().type);
+  record.numel = bucket.numel();
+  record.num_segments = static_cast<int64_t>(bucket.key().entries.size());
+  record.layout_hash = structure;
+  record.exempt_hash = record.names_hash = kHashSeed;
+  bool named = true;
+  for (const EntryPtr& entry : bucket.key().entries) {
+    record.exempt_hash = hash_bytes(&entry->exempt, sizeof entry->exempt, record.exempt_hash);
+    record.names_hash = hash_bytes(entry->name.c_str(), entry->name.size() + 1, record.names_hash);
+    named = named && !entry->name.empty();
+  }
+  if (!named) record.names_hash = 0;
+  bucket.name().copy(record.bucket, sizeof record.bucket - 1);
+
+  at::Tensor mine = at::empty({static_cast<int64_t>(sizeof record)}, at::dtype(at::kByte));
+  at::Tensor all = at::empty({record.world_size, static_cast<int64_t>(sizeof record)}, at::dtype(at::kByte));
+  std::memcpy(mine.data_ptr<uint8_t>(), &record, sizeof record);
+  try {
+    all_gather(process_group, mine, all);
+  } catch (const std::exception& error) {
+    std::rethrow_exception(failed_exchange({bucket.name(), step_, process_group.getRank(), process_group.getSize()}, error));
+  }
+  agreement_bytes_ += all_gather_sent_bytes(record.world_size, sizeof record);
+  std::vector<AgreementRecord> records(static_cast<size_t>(record.world_size));
+  std::memcpy(records.data(), all.const_data_ptr<uint8_t>(), records.size() * sizeof record);
+  const std::string disagreement = describe_disagreement(records);
+  TORCH_CHECK(disagreement.empty(), "compressed_ddp: ", disagreement);
+  agreed_structures_.insert(structure);
+  agreed_step_ = step_;
+}
+
+// ---- state
+
+int64_t Engine::completed_steps() {
+  const std::lock_guard lock(mutex_);
+  return step_ + (step_begun_ ? 1 : 0);
+}
+
+void Engine::rollback() {
+  const std::lock_guard lock(mutex_);
+  wait_until_idle();
+  settle(true);
+}
+
+void Engine::reset() {
+  const std::lock_guard lock(mutex_);
+  wait_until_idle();
+  residuals_.reset();
+  buckets_.clear();
+  step_buckets_.clear();
+  agreed_structures_.clear();
+  agreed_step_ = density_step_ = -1;
+  step_ = 0;
+  step_begun_ = has_compressed_ = progress_->step_is_bad = false;
+  agreement_bytes_ = 0;
+  metrics_ = {};
+}
+
+std::vector<std::pair<std::string, at::Tensor>> Engine::export_residuals() {
+  const std::lock_guard lock(mutex_);
+  wait_until_idle();
+  bool bad = false;
+  {
+    const std::lock_guard progress_lock(progress_->mutex);
+    bad = progress_->step_is_bad;
+  }
+  if (bad) settle(false); // a good step stays open: rollback() may still follow
+  return residuals_.export_residuals();
+}
+
+// The structures that the ranks have compared stay compared: if only one rank loads in the middle of a run, it must not start a
+// comparison that the others do not take part in. Every payload carries its step, so the ranks notice at the next exchange.
+void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Tensor>>& residuals) {
+  const std::lock_guard lock(mutex_);
+  TORCH_CHECK_VALUE(!(has_compressed_ && step < options_.dense_steps), "TopKEFState.load_state_dict: this state is past its dense steps and cannot go back to step ", step, " (dense_steps=", options_.dense_steps, "); call reset() on every rank first");
+  wait_until_idle();
+  residuals_.import_residuals(residuals);
+  residuals_.forget_steps();
+  buckets_.clear();
+  step_buckets_.clear();
+  step_ = step;
+  density_step_ = agreed_step_ = -1;
+  step_begun_ = progress_->step_is_bad = false;
+  agreement_bytes_ = 0;
+  metrics_ = {};
+}
+
+Metrics Engine::current_metrics() const {
+  Metrics sum;
+  double gradient_sq = 0, residual_sq = 0, sent_sq = 0;
+  for (const auto& bucket : step_buckets_) {
+    const BucketStep& last = bucket->last;
+    sum.bytes_sent += last.bytes_sent;
+    sum.dense_bytes += last.dense_bytes;
+    sum.gradient_bytes += last.gradient_bytes;
+    sum.payload_bytes += last.payload_bytes;
+    gradient_sq += last.gradient_sq;
+    residual_sq += last.residual_sq;
+    sent_sq += last.sent_sq;
+  }
+  sum.bytes_sent += agreement_bytes_;
+  sum.gradient_norm = std::sqrt(gradient_sq);
+  sum.residual_norm = options_.error_feedback ? std::sqrt(residual_sq) : 0.0;
+  sum.captured_energy = sent_sq + residual_sq > 0 ? sent_sq / (sent_sq + residual_sq) : 1.0;
+  sum.step = step_ + 1;
+  return sum;
+}
+
+Metrics Engine::metrics() {
+  const std::lock_guard lock(mutex_);
+  const std::lock_guard progress_lock(progress_->mutex);
+  // In the middle of a backward pass: the step before. Otherwise the step that has just been reduced.
+  return progress_->in_flight > 0 || step_buckets_.empty() ? metrics_ : current_metrics();
+}
+
+bool Engine::is_compressed(const at::Tensor& parameter) const {
+  const std::lock_guard lock(mutex_);
+  const EntryPtr entry = residuals_.find_parameter(parameter);
+  return entry != nullptr && entry->was_compressed;
+}
+
+void Engine::drop_results() {
+  for (const auto& [first, bucket] : buckets_) bucket->result = {};
+  for (const auto& bucket : step_buckets_) bucket->result = {};
+}
+
+} // namespace compressed_ddp

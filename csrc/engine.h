@@ -1,0 +1,140 @@
+// The engine behind one TopKEFState: which step it is, which bucket this is, whether the ranks agree, and what happens when
+// something fails. Both entries (Python hook, C++ hook) and all_reduce_ end in `reduce`. Holds no Python object but the results of
+// the last step, and no strong reference to a process group.
+#pragma once
+
+#include <ATen/core/ivalue.h>
+#include <torch/csrc/distributed/c10d/comm.hpp>
+
+#include <condition_variable>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "agreement.h"
+#include "bucket.h"
+#include "residuals.h"
+
+namespace compressed_ddp {
+
+struct EngineOptions {
+  double density = 0.01;                          // unused when density_of_step is set
+  std::function<double(int64_t)> density_of_step; // a callable density; may take the GIL
+  Scope scope = Scope::kTensor;
+  bool error_feedback = true;
+  int64_t dense_steps = 2;
+  int64_t min_compress_numel = 1024;
+  bool exempt_needs_names = false; // the user gave exempt rules: they mean nothing before names are known
+};
+
+struct Metrics { // of the last completed step; the keys of TopKEFState.metrics()
+  double bytes_sent = 0;
+  double dense_bytes = 0;
+  double gradient_bytes = 0;
+  double payload_bytes = 0;
+  double gradient_norm = 0;
+  double residual_norm = 0;
+  double captured_energy = 0;
+  int64_t step = -1;
+};
+
+class Engine {
+ public:
+  explicit Engine(EngineOptions options);
+
+  const EngineOptions& options() const { return options_; }
+  ResidualStore& residuals() { return residuals_; }
+
+  void set_process_group(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
+  bool has_process_group() const; // and it still exists
+
+  // Averages `buffer` in place over the ranks. The future completes with `result` (a tensor, or a Python object that stands for it).
+  // Every error, of whatever kind, arrives through the future; none is thrown.
+  c10::intrusive_ptr<c10::ivalue::Future> reduce_bucket(c10d::GradBucket& bucket, c10::IValue result, c10::TypePtr result_type);
+  c10::intrusive_ptr<c10::ivalue::Future> reduce_named(at::Tensor buffer, const std::string& name, const std::vector<int64_t>& sizes, const std::vector<int64_t>& segment_numels, bool exempt, c10::IValue result, c10::TypePtr result_type);
+  // buffer = the parameters' gradients one after another (in each parameter's bucket order), then one 0/1 entry per parameter.
+  c10::intrusive_ptr<c10::ivalue::Future> reduce_parameters(at::Tensor buffer, const std::vector<at::Tensor>& parameters, const std::vector<uint8_t>& unused, c10::IValue result, c10::TypePtr result_type);
+
+  int64_t completed_steps(); // synchronised steps begun so far
+  void rollback();           // the last step was not applied: restore what it sent
+  void reset();
+  std::vector<std::pair<std::string, at::Tensor>> export_residuals();
+  void load(int64_t step, const std::vector<std::pair<std::string, at::Tensor>>& residuals);
+  Metrics metrics();
+  bool has_compressed() const { return has_compressed_; }
+  bool is_compressed(const at::Tensor& parameter) const; // some step has selected from it
+
+  // The last results are Python objects when the Python entry is used: free them while the GIL is held.
+  void drop_results();
+
+  // Why a failed future failed, in words: used by callbacks, so it may not touch the engine.
+  struct Place {
+    std::string bucket;
+    int64_t step;
+    int rank;
+    int world_size;
+  };
+
+ private:
+  // What callbacks on the process group's threads touch. They share it, so that none of them can be the last owner of the engine.
+  struct Progress {
+    std::mutex mutex;
+    std::condition_variable idle;
+    int64_t in_flight = 0;
+    bool step_is_bad = false; // some bucket of the current step failed or was non-finite: the optimizer will not use this step
+  };
+
+  struct Request {
+    at::Tensor buffer;
+    std::vector<EntryPtr> entries;
+    std::vector<uint8_t> unused; // per entry
+    int64_t presence_numel = 0;
+    c10::IValue result;
+    c10::intrusive_ptr<c10::ivalue::Future> future;
+  };
+
+  c10::intrusive_ptr<c10::ivalue::Future> run(const std::function<void(Request&)>& fill, at::Tensor buffer, c10::IValue result, c10::TypePtr result_type);
+  void reduce(Request request);
+  void reduce_through_host(Request request);
+  void reduce_sparse(const std::shared_ptr<Bucket>& bucket, Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
+  void reduce_dense(const std::shared_ptr<Bucket>& bucket, Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
+  void start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place, const std::function<c10::intrusive_ptr<c10d::Work>()>& collective, std::function<bool()> apply);
+  void begin_step_if_repeated(const Request& request);
+  void check_entries(const Request& request) const;
+  void check_one_model(const c10d::GradBucket& bucket);
+  std::shared_ptr<Bucket> bucket_of(const Request& request);
+  double density_of_current_step();
+  void agree(const Bucket& bucket, c10d::ProcessGroup& process_group);
+  void wait_until_idle();
+  void settle(bool restore_all);
+  Metrics current_metrics() const;
+  bool is_dense_step() const { return step_ < options_.dense_steps; }
+
+  mutable std::mutex mutex_; // one public call at a time; callbacks never take it
+  EngineOptions options_;
+  ResidualStore residuals_;
+  c10::weak_intrusive_ptr<c10d::ProcessGroup> process_group_;
+  CompensateSelect::Scratch scratch_;
+  std::multimap<const Entry*, std::shared_ptr<Bucket>> buckets_; // by first entry
+  std::shared_ptr<Progress> progress_ = std::make_shared<Progress>();
+
+  int64_t step_ = 0;                                  // index of the current step
+  std::vector<std::shared_ptr<Bucket>> step_buckets_; // that came in it, in order
+  double density_ = 0;                                // of the current step
+  int64_t density_step_ = -1;                         // the step density_ was evaluated for
+  bool step_begun_ = false;                           // some bucket of the current step has come
+  int64_t agreed_step_ = -1;                          // with a callable density: the step the ranks have compared last
+  std::set<uint64_t> agreed_structures_;              // bucket structures the ranks have compared; survives load(), see there
+  double agreement_bytes_ = 0;                        // sent for comparisons in the current step
+  bool has_compressed_ = false;
+  Metrics metrics_;
+
+  std::set<size_t> seen_indices_;  // of DDP buckets, to notice a second model when nothing is bound
+  bool saw_last_bucket_ = false;
+};
+
+} // namespace compressed_ddp

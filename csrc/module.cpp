@@ -1,0 +1,156 @@
+// The pybind11 half of the binding: objects (engine, hook, process groups, futures). Tensors in, tensors out goes through ops.cpp:
+// a TORCH_LIBRARY op cannot take a Python object, and pybind11 functions have no schema for torch.compile.
+// pybind11 is the copy bundled with torch; another copy would import and then fail to recognise torch's types (self_test below).
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/distributed/c10d/reducer.hpp>
+#include <torch/csrc/jit/python/pybind_utils.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "cpu/compensate_select_filter.h"
+#include "engine.h"
+#include "hook.h"
+#include "wire_format.h"
+
+namespace compressed_ddp {
+namespace {
+
+namespace py = pybind11;
+using FuturePtr = std::shared_ptr<torch::jit::PythonFutureWrapper>;
+using release_gil = py::gil_scoped_release;
+
+// A Python hook must complete its future with a Python object (PythonCommHook::parseHookResult). It is made here, while the GIL is
+// held, so that completing the future later needs none.
+c10::IValue python_result(const at::Tensor& tensor) { return torch::jit::toIValue(py::cast(tensor), c10::PyObjectType::get()); }
+
+template <typename Reduce>
+FuturePtr with_python_result(const at::Tensor& tensor, Reduce&& reduce) {
+  c10::IValue result = python_result(tensor);
+  c10::intrusive_ptr<c10::ivalue::Future> future;
+  {
+    const release_gil released;
+    future = reduce(std::move(result), c10::PyObjectType::get());
+  }
+  return std::make_shared<torch::jit::PythonFutureWrapper>(std::move(future));
+}
+
+// Calls the user's density(step) with the GIL; released with the GIL too, wherever the engine ends.
+std::function<double(int64_t)> density_function(py::object callable) {
+  const auto holder = std::shared_ptr<py::object>(new py::object(std::move(callable)), [](py::object* object) {
+    const py::gil_scoped_acquire gil;
+    delete object;
+  });
+  return [holder](int64_t step) {
+    const py::gil_scoped_acquire gil;
+    try {
+      return (*holder)(step).cast<double>();
+    } catch (const py::error_already_set& error) { // must not travel through threads without the GIL
+      throw std::runtime_error("TopKEFState: density(" + std::to_string(step) + ") raised " + error.what());
+    } catch (const py::cast_error&) {
+      throw std::runtime_error("TopKEFState: density(" + std::to_string(step) + ") must return a number");
+    }
+  };
+}
+
+// A deleter with the GIL: the engine keeps the results of the last step, which are Python objects.
+std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope, bool error_feedback, int64_t dense_steps, int64_t min_compress_numel, bool exempt_needs_names) {
+  EngineOptions options;
+  if (PyCallable_Check(density.ptr()) != 0) options.density_of_step = density_function(std::move(density));
+  else options.density = density.cast<double>();
+  options.scope = scope == "bucket" ? Scope::kBucket : Scope::kTensor;
+  options.error_feedback = error_feedback;
+  options.dense_steps = dense_steps;
+  options.min_compress_numel = min_compress_numel;
+  options.exempt_needs_names = exempt_needs_names;
+  return std::shared_ptr<Engine>(new Engine(std::move(options)), [](Engine* engine) {
+    const py::gil_scoped_acquire gil;
+    engine->drop_results();
+    delete engine;
+  });
+}
+
+py::dict metrics_dict(const Metrics& m) {
+  py::dict d;
+  d["compressed_ddp/bytes_sent"] = m.bytes_sent;
+  d["compressed_ddp/dense_bytes"] = m.dense_bytes;
+  d["compressed_ddp/compression_ratio"] = m.payload_bytes > 0 ? m.gradient_bytes / m.payload_bytes : std::nan("");
+  d["compressed_ddp/wire_ratio"] = m.bytes_sent > 0 ? m.dense_bytes / m.bytes_sent : std::nan("");
+  d["compressed_ddp/residual_norm"] = m.residual_norm;
+  d["compressed_ddp/gradient_norm"] = m.gradient_norm;
+  d["compressed_ddp/captured_energy"] = m.captured_energy;
+  d["compressed_ddp/step"] = static_cast<double>(m.step < 0 ? 0 : m.step);
+  return d;
+}
+
+// A GradBucket and a ProcessGroup must be recognised as torch's own types; with another pybind11 they are two types of one name.
+void self_test() {
+  const py::module_ c10d = py::module_::import("torch._C._distributed_c10d");
+  const auto knows = [&](const std::type_info& type, const char* name) {
+    const auto* known = py::detail::get_type_info(type);
+    return known != nullptr && reinterpret_cast<PyObject*>(known->type) == c10d.attr(name).ptr();
+  };
+  if (!knows(typeid(c10d::GradBucket), "GradBucket") || !knows(typeid(c10d::ProcessGroup), "ProcessGroup"))
+    throw py::import_error("it was compiled with another pybind11 than torch uses and cannot see torch's types");
+}
+
+} // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("torch_version") = COMPRESSED_DDP_TORCH_VERSION;
+  m.attr("wire_version") = kWireVersion;
+  m.attr("payload_header_bytes") = sizeof(PayloadHeader);
+  m.attr("instruction_set") = best_filter().name;
+  m.def("self_test", &self_test);
+  m.def("selection_k", &selection_k, py::arg("density"), py::arg("numel"));
+  m.def(
+      "payload_bytes",
+      [](const std::vector<int64_t>& segments, const std::vector<int64_t>& groups, const std::vector<int64_t>& k) { return payload_bytes(Layout::make(segments, groups, k)); },
+      py::arg("segments"), py::arg("groups"), py::arg("k"));
+
+  py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
+      .def(py::init(&make_engine), py::kw_only(), py::arg("density"), py::arg("scope"), py::arg("error_feedback"), py::arg("dense_steps"), py::arg("min_compress_numel"), py::arg("exempt_needs_names"))
+      .def("set_process_group", &Engine::set_process_group, py::call_guard<release_gil>())
+      .def("has_process_group", &Engine::has_process_group, py::call_guard<release_gil>())
+      .def("bind",
+           [](Engine& engine, const std::vector<std::tuple<std::string, at::Tensor, bool>>& parameters) {
+             std::vector<NamedParameter> named;
+             named.reserve(parameters.size());
+             for (const auto& [name, parameter, exempt] : parameters) named.push_back({name, parameter, exempt});
+             engine.residuals().bind(named);
+           })
+      .def("is_bound", [](Engine& engine) { return engine.residuals().is_bound(); })
+      .def("reduce_bucket",
+           [](Engine& engine, c10d::GradBucket& bucket) {
+             return with_python_result(bucket.getBuffer(), [&](c10::IValue result, c10::TypePtr type) { return engine.reduce_bucket(bucket, std::move(result), std::move(type)); });
+           })
+      .def("reduce_named",
+           [](Engine& engine, const at::Tensor& buffer, const at::Tensor& result, const std::string& name, const std::vector<int64_t>& segments, bool exempt) {
+             const std::vector<int64_t> sizes = result.sizes().vec();
+             return with_python_result(result, [&](c10::IValue value, c10::TypePtr type) { return engine.reduce_named(buffer, name, sizes, segments, exempt, std::move(value), std::move(type)); });
+           })
+      .def("reduce_parameters",
+           [](Engine& engine, const at::Tensor& buffer, const std::vector<at::Tensor>& parameters, const std::vector<uint8_t>& unused) {
+             return with_python_result(buffer, [&](c10::IValue value, c10::TypePtr type) { return engine.reduce_parameters(buffer, parameters, unused, std::move(value), std::move(type)); });
+           })
+      .def("completed_steps", &Engine::completed_steps, py::call_guard<release_gil>())
+      .def("rollback", &Engine::rollback, py::call_guard<release_gil>())
+      .def("reset", &Engine::reset, py::call_guard<release_gil>())
+      .def("export_residuals", &Engine::export_residuals, py::call_guard<release_gil>())
+      .def("load", &Engine::load, py::call_guard<release_gil>())
+      .def("waiting_names", [](Engine& engine) { return engine.residuals().waiting_names(); })
+      .def("metrics",
+           [](Engine& engine) {
+             Metrics metrics;
+             {
+               const release_gil released;
+               metrics = engine.metrics();
+             }
+             return metrics_dict(metrics);
+           })
+      .def("has_compressed", &Engine::has_compressed)
+      .def("is_compressed", &Engine::is_compressed, py::call_guard<release_gil>());
+
+  m.def("register_hook", [](c10d::Reducer& reducer, const std::shared_ptr<Engine>& engine) { reducer.register_comm_hook(std::make_unique<TopKEFHook>(engine)); }, py::arg("reducer"), py::arg("engine"));
+}
+
+} // namespace compressed_ddp

@@ -1,0 +1,165 @@
+#include "residuals.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+namespace compressed_ddp {
+namespace {
+
+std::string shape_text(c10::IntArrayRef sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+std::vector<int64_t> row_major_strides(c10::IntArrayRef sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  return strides;
+}
+
+EntryPtr make_entry(const at::Tensor& parameter) {
+  auto entry = std::make_shared<Entry>();
+  entry->parameter = c10::weak_intrusive_ptr<c10::TensorImpl>(parameter.getIntrusivePtr());
+  entry->sizes = parameter.sizes().vec();
+  // The same rule as the reducer's bucket views.
+  entry->strides = parameter.is_non_overlapping_and_dense() ? parameter.strides().vec() : row_major_strides(parameter.sizes());
+  entry->numel = parameter.numel();
+  entry->segment_numels = {entry->numel};
+  entry->is_vector = parameter.dim() <= 1;
+  return entry;
+}
+
+} // namespace
+
+at::Tensor Entry::shaped_residual() const { return residual.as_strided(sizes, strides); }
+
+void ResidualStore::bind(const std::vector<NamedParameter>& parameters) {
+  if (bound_) {
+    bool same = true;
+    size_t known = 0;
+    for (const auto& [impl, entry] : by_parameter_) known += !entry->name.empty();
+    same = known == parameters.size();
+    for (const NamedParameter& item : parameters) {
+      const EntryPtr entry = find_parameter(item.parameter);
+      same = same && entry != nullptr && entry->name == item.name;
+    }
+    TORCH_CHECK_VALUE(same, "TopKEFState: this state already serves another model: one state serves one model, because its residuals belong to that model's parameters; create a second TopKEFState");
+    return;
+  }
+  for (const NamedParameter& item : parameters) TORCH_CHECK_VALUE(!item.name.empty(), "TopKEFState: a parameter has an empty name");
+  // Parameters that came through the hook before their names did must all be among the named ones.
+  std::unordered_map<const c10::TensorImpl*, const NamedParameter*> named;
+  for (const NamedParameter& item : parameters) named.emplace(item.parameter.unsafeGetTensorImpl(), &item);
+  for (const auto& [impl, entry] : by_parameter_)
+    TORCH_CHECK_VALUE(named.contains(impl), "TopKEFState: this state already serves another model: a parameter of shape ", shape_text(entry->sizes), " that it has compressed is not among the named parameters; create a second TopKEFState");
+  for (const NamedParameter& item : parameters) {
+    EntryPtr& entry = by_parameter_[item.parameter.unsafeGetTensorImpl()];
+    if (entry == nullptr) entry = make_entry(item.parameter);
+    if (!entry->name.empty()) continue; // a tied parameter: the first of its names counts
+    TORCH_CHECK_VALUE(by_name_.emplace(item.name, entry).second, "TopKEFState: the name '", item.name, "' is used twice");
+    entry->name = item.name;
+    entry->exempt = item.exempt;
+  }
+  for (auto& [name, entry] : by_name_) take_waiting(*entry);
+  bound_ = true;
+}
+
+EntryPtr ResidualStore::find_parameter(const at::Tensor& parameter) const {
+  const auto found = by_parameter_.find(parameter.unsafeGetTensorImpl());
+  return found == by_parameter_.end() ? nullptr : found->second;
+}
+
+EntryPtr ResidualStore::of_parameter(const at::Tensor& parameter) {
+  if (EntryPtr entry = find_parameter(parameter)) return entry;
+  TORCH_CHECK_VALUE(!bound_, "TopKEFState: a parameter of shape ", shape_text(parameter.sizes()), " is not among the parameters that this state is bound to: one state serves one model; create a second TopKEFState, or bind the state to the model that is trained");
+  return by_parameter_.emplace(parameter.unsafeGetTensorImpl(), make_entry(parameter)).first->second;
+}
+
+EntryPtr ResidualStore::of_name(const std::string& name, const std::vector<int64_t>& sizes, const std::vector<int64_t>& segment_numels, bool exempt) {
+  TORCH_CHECK_VALUE(!name.empty(), "all_reduce_: expected a non-empty name, which identifies the tensor's residual from step to step");
+  const auto found = by_name_.find(name);
+  if (found != by_name_.end()) {
+    const EntryPtr& entry = found->second;
+    TORCH_CHECK_VALUE(!entry->parameter.has_value(), "all_reduce_: the name '", name, "' belongs to a parameter of the bound model; use another name");
+    TORCH_CHECK_VALUE(entry->sizes == sizes && entry->segment_numels == segment_numels, "all_reduce_: the name '", name, "' stands for a tensor of shape ", shape_text(entry->sizes), " in ", entry->segment_numels.size(),
+                      " segments, but now has shape ", shape_text(sizes), " in ", segment_numels.size(), " segments; use another name, or state.reset()");
+    return entry;
+  }
+  auto entry = std::make_shared<Entry>();
+  entry->name = name;
+  entry->sizes = sizes;
+  entry->strides = row_major_strides(sizes);
+  entry->segment_numels = segment_numels;
+  entry->exempt = exempt;
+  for (const int64_t numel : segment_numels) entry->numel += numel;
+  take_waiting(*entry);
+  by_name_.emplace(name, entry);
+  return entry;
+}
+
+void ResidualStore::ensure_residual(Entry& entry) {
+  if (!entry.residual.defined()) entry.residual = at::zeros({entry.numel}, at::dtype(at::kFloat));
+}
+
+void ResidualStore::take_waiting(Entry& entry) {
+  const auto found = waiting_.find(entry.name);
+  if (found == waiting_.end()) return;
+  TORCH_CHECK_VALUE(found->second.sizes() == c10::IntArrayRef(entry.sizes), "TopKEFState.load_state_dict: the residual of '", entry.name, "' has shape ", shape_text(found->second.sizes()), " but the parameter has shape ", shape_text(entry.sizes),
+                    "; load a state of the same model");
+  ensure_residual(entry);
+  entry.shaped_residual().copy_(found->second);
+  waiting_.erase(found);
+}
+
+std::vector<std::pair<std::string, at::Tensor>> ResidualStore::export_residuals() const {
+  for (const auto& [impl, entry] : by_parameter_)
+    TORCH_CHECK_VALUE(!entry->residual.defined() || !entry->name.empty(), "TopKEFState.state_dict: the parameters have no names yet, and residuals are saved by name; call state.bind(model), or pass named_parameters=model.named_parameters()");
+  std::vector<std::pair<std::string, at::Tensor>> residuals;
+  for (const auto& [name, entry] : by_name_)
+    if (entry->residual.defined()) residuals.emplace_back(name, entry->shaped_residual().clone(at::MemoryFormat::Contiguous));
+  for (const auto& [name, residual] : waiting_) residuals.emplace_back(name, residual.clone());
+  return residuals;
+}
+
+void ResidualStore::import_residuals(const std::vector<std::pair<std::string, at::Tensor>>& residuals) {
+  for (const auto& [name, residual] : residuals) {
+    TORCH_CHECK_VALUE(residual.scalar_type() == at::kFloat, "TopKEFState.load_state_dict: expected the residual of '", name, "' as float32, got ", residual.scalar_type());
+    const auto found = by_name_.find(name);
+    TORCH_CHECK_VALUE(found == by_name_.end() || residual.sizes() == c10::IntArrayRef(found->second->sizes), "TopKEFState.load_state_dict: the residual of '", name, "' has shape ", shape_text(residual.sizes()), " but the parameter has shape ",
+                      shape_text(found == by_name_.end() ? c10::IntArrayRef() : c10::IntArrayRef(found->second->sizes)), "; load a state of the same model");
+  }
+  reset();
+  for (const auto& [name, residual] : residuals) waiting_.insert_or_assign(name, residual.detach().to(at::kCPU).clone(at::MemoryFormat::Contiguous));
+  for (auto& [name, entry] : by_name_) take_waiting(*entry);
+}
+
+std::vector<std::string> ResidualStore::waiting_names() const {
+  std::vector<std::string> names;
+  for (const auto& [name, residual] : waiting_) names.push_back(name);
+  return names;
+}
+
+void ResidualStore::reset() {
+  waiting_.clear();
+  const auto clear = [](Entry& entry) {
+    entry.residual.reset();
+    entry.last_step = -1;
+    entry.was_compressed = false;
+  };
+  for (auto& [impl, entry] : by_parameter_) clear(*entry);
+  // Names given to all_reduce_ are forgotten; the names of parameters stay.
+  std::erase_if(by_name_, [](const auto& item) { return !item.second->parameter.has_value(); });
+}
+
+void ResidualStore::forget_steps() {
+  for (auto& [impl, entry] : by_parameter_) entry->last_step = -1;
+  for (auto& [name, entry] : by_name_) entry->last_step = -1;
+}
+
+} // namespace compressed_ddp

@@ -1,0 +1,77 @@
+// Who owns a residual: parameters, by identity and (once known) by name; never a bucket index. (architecture.md, contract 7)
+//
+// A residual is a flat fp32 tensor in the order in which the parameter lies in a bucket: the parameter's own memory order when it
+// is dense and non-overlapping (channels_last included), row-major otherwise. state_dict() shows it in the parameter's shape.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace compressed_ddp {
+
+// One parameter, or one name given to all_reduce_.
+struct Entry {
+  std::string name;                                             // empty until names are known
+  std::optional<c10::weak_intrusive_ptr<c10::TensorImpl>> parameter; // keeps the address from being reused, not the memory alive
+  std::vector<int64_t> sizes;
+  std::vector<int64_t> strides;       // of `sizes`, in bucket memory
+  int64_t numel = 0;
+  std::vector<int64_t> segment_numels; // what is selected from separately: one for a parameter
+  bool exempt = false;                 // by the user's rule
+  bool is_vector = false;              // the 1-D rule
+  at::Tensor residual;                 // fp32 [numel]; undefined until the first compressed step
+  int64_t last_step = -1;              // the last step in which it came
+  bool was_compressed = false;         // some step has selected from it
+
+  at::Tensor shaped_residual() const; // a view in the parameter's shape
+};
+using EntryPtr = std::shared_ptr<Entry>;
+
+struct NamedParameter {
+  std::string name;
+  at::Tensor parameter;
+  bool exempt;
+};
+
+class ResidualStore {
+ public:
+  // Names (and the exempt rule) become known. A second call with the same parameters changes nothing; other parameters: ValueError.
+  void bind(const std::vector<NamedParameter>& parameters);
+  bool is_bound() const { return bound_; }
+
+  // The entry of a parameter; a new one when nothing is bound, ValueError when it is not among the bound ones.
+  EntryPtr of_parameter(const at::Tensor& parameter);
+  EntryPtr find_parameter(const at::Tensor& parameter) const; // or nullptr
+  // The entry of a name given to all_reduce_; ValueError when the numel or segments differ from those seen before.
+  EntryPtr of_name(const std::string& name, const std::vector<int64_t>& sizes, const std::vector<int64_t>& segment_numels, bool exempt);
+
+  // Allocates zeros at first use; takes what a loaded state holds for its name.
+  void ensure_residual(Entry& entry);
+
+  // By name, copies, in the parameter's shape; waiting loaded ones included. ValueError when some residual has no name.
+  std::vector<std::pair<std::string, at::Tensor>> export_residuals() const;
+  // Replaces everything; each waits until its name comes. Shapes are checked then, or now where the name is known.
+  void import_residuals(const std::vector<std::pair<std::string, at::Tensor>>& residuals);
+  bool has_waiting() const { return !waiting_.empty(); }
+  std::vector<std::string> waiting_names() const;
+
+  // Forgets values and the names given to all_reduce_, keeps the names of parameters. Buckets made before must not be used again.
+  void reset();
+  void forget_steps();
+
+ private:
+  void take_waiting(Entry& entry);
+
+  std::unordered_map<const c10::TensorImpl*, EntryPtr> by_parameter_;
+  std::map<std::string, EntryPtr> by_name_; // ordered, so that state_dict() has a fixed order
+  std::map<std::string, at::Tensor> waiting_;
+  bool bound_ = false;
+};
+
+} // namespace compressed_ddp
