@@ -1,0 +1,145 @@
+"""The engine without DDP: for hand-written loops, FSDP2's all-reduce hook, pseudo-gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from .state import TopKEFState, _strip_wrappers
+
+_BUCKET_BYTES = 25 * 2**20  # DDP's own default
+
+
+def all_reduce_(
+    tensor: torch.Tensor,
+    state: TopKEFState,
+    *,
+    name: str,
+    segments: Sequence[int] | None = None,
+    async_op: bool = False,
+) -> torch.Tensor | torch.futures.Future[torch.Tensor]:
+    """Averages `tensor` over the ranks in place by Top-K with error feedback.
+
+    Args:
+        tensor: float32, float16 or bfloat16, any shape; overwritten with the average, bitwise the same on every rank.
+        state: a name that comes a second time begins a new step.
+        name: identifies the tensor's residual from step to step and in checkpoints. `exempt` rules see it.
+        segments: numels of the tensors that lie in it one after another; each is selected from by itself under scope "tensor",
+            and travels dense when it is shorter than `min_compress_numel`. Default: one segment. (The rule that 1-D
+            parameters travel dense is for named parameters only.)
+        async_op: return a future of `tensor` at once; then do not touch `tensor` before `wait()`.
+
+    Returns:
+        `tensor`, or the future.
+
+    Raises:
+        ValueError: segments that do not add up, a name that stood for another shape, another dtype.
+        RuntimeError: the ranks disagree, or the exchange failed; the residual has lost nothing.
+    """
+    if segments is None:
+        segments = [tensor.numel()]
+    if any(numel < 0 for numel in segments) or sum(segments) != tensor.numel():
+        raise ValueError(
+            f"all_reduce_: expected segments to add up to the tensor's numel {tensor.numel()}, got {list(segments)}"
+        )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError("all_reduce_: expected a tensor without autograd history; pass tensor.detach() or use torch.no_grad()")
+    flat = tensor.reshape(-1)  # a view where it can be one, else a row-major copy
+    is_view = flat.data_ptr() == tensor.data_ptr()
+    future = state._engine_with_process_group().reduce_named(
+        flat, tensor, name, list(segments), bool(state._is_exempt(name, tensor))
+    )
+    if not is_view:
+
+        def copy_back(done: torch.futures.Future[torch.Tensor]) -> torch.Tensor:
+            done.value()
+            return tensor.copy_(flat.view(tensor.shape))
+
+        future = future.then(copy_back)
+    if async_op:
+        return future
+    future.wait()
+    return tensor
+
+
+@torch.no_grad()
+def all_reduce_gradients(
+    named_parameters: Iterable[tuple[str, torch.Tensor]], state: TopKEFState
+) -> None:
+    """Averages the `.grad` of all parameters over the ranks in place; for loops without DDP, after `backward()`.
+
+    Args:
+        named_parameters: `model.named_parameters()`, the same on every rank and in every step. Binds the state.
+            A parameter whose `.grad` is None on this rank but not on all of them contributes zeros (its residual waits) and
+            receives the average; one that has no gradient anywhere keeps None.
+        state: as for the hook; this call is one step.
+
+    One exchange per 25 MiB of parameters of one dtype and device. Gradients must have the dtype and device of their parameter.
+
+    Raises:
+        ValueError: other parameters than before, or a gradient of another dtype, device or layout.
+        RuntimeError: the ranks disagree, or an exchange failed; no residual has lost anything, but some gradients may be averaged already.
+    """
+    named = [(_strip_wrappers(name), parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    if not named:
+        return
+    for name, parameter in named:
+        gradient = parameter.grad
+        if gradient is not None and (
+            gradient.is_sparse or gradient.dtype != parameter.dtype or gradient.device != parameter.device
+        ):
+            raise ValueError(
+                f"all_reduce_gradients: expected the gradient of '{name}' to be dense {parameter.dtype} on "
+                f"{parameter.device}, got {gradient.dtype} on {gradient.device} ({gradient.layout})"
+            )
+    state.bind(named)
+    engine = state._engine_with_process_group()
+    started = []
+    for parameters in _buckets([parameter for _, parameter in named]):
+        numels = [parameter.numel() for parameter in parameters]
+        flat = parameters[0].new_zeros(sum(numels) + len(parameters))
+        views = [
+            _bucket_view(part, parameter) for part, parameter in zip(flat.split(numels + [1] * len(parameters)), parameters)
+        ]
+        present = flat[sum(numels) :]
+        unused = []
+        for index, (view, parameter) in enumerate(zip(views, parameters)):
+            unused.append(parameter.grad is None)
+            if parameter.grad is not None:
+                view.copy_(parameter.grad)
+                present[index] = 1
+        started.append((parameters, views, present, engine.reduce_parameters(flat, parameters, unused)))
+    for parameters, views, present, future in started:
+        future.wait()
+        for view, parameter, is_present in zip(views, parameters, present.tolist()):
+            if parameter.grad is not None:
+                parameter.grad.copy_(view)
+            elif is_present != 0:  # NaN after a non-finite step, too
+                parameter.grad = view.clone(memory_format=torch.preserve_format)
+
+
+def _buckets(parameters: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Parameters in order, grouped by dtype and device, cut at 25 MiB: a function of the model alone."""
+    groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    for group in groups.values():
+        bucket: list[torch.Tensor] = []
+        bucket_bytes = 0
+        for parameter in group:
+            parameter_bytes = parameter.numel() * parameter.element_size()
+            if bucket and bucket_bytes + parameter_bytes > _BUCKET_BYTES:
+                yield bucket
+                bucket, bucket_bytes = [], 0
+            bucket.append(parameter)
+            bucket_bytes += parameter_bytes
+        if bucket:
+            yield bucket
+
+
+def _bucket_view(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A part of a bucket in the parameter's shape and memory order, as DDP's reducer lays it out (csrc/residuals.h)."""
+    # preserve_format keeps the strides exactly when they are non-overlapping and dense.
+    strides = torch.empty_like(parameter, device="meta", memory_format=torch.preserve_format).stride()
+    return part.as_strided(parameter.shape, strides) if strides == parameter.stride() else part.view(parameter.shape)

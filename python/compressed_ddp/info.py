@@ -1,0 +1,74 @@
+"""`python -m compressed_ddp.info`: what is installed, how it was built, and whether it works here. Exit code 0 = works.
+
+Each probe is guarded: a failure becomes a value in the report, never a traceback.
+"""
+
+import importlib
+import platform
+import sys
+from collections.abc import Callable
+
+
+def _probe(label: str, value: Callable[[], object]) -> bool:
+    try:
+        print(f"{label + ':':28}{value()}")
+        return True
+    except Exception as error:  # the report is the place for it
+        print(f"{label + ':':28}FAILED: {type(error).__name__}: {error}")
+        return False
+
+
+def _self_check() -> str:
+    import torch
+
+    from . import ops, reference
+
+    generator = torch.Generator().manual_seed(0)
+    segments, groups, k = [5000, 100, 3000], [0, -1, 1], [50, 30]
+    layout = (segments, groups, k)
+    results = []
+    for stages in (ops, reference):
+        generator.manual_seed(0)
+        payloads = []
+        for rank in range(2):
+            gradient = torch.randn(sum(segments), generator=generator)
+            residual = torch.randn(sum(segments), generator=generator)
+            values, indices, _ = stages.compensate_select_(gradient, residual, *layout)
+            payloads.append(stages.encode(values, indices, gradient, *layout, rank=rank, world_size=2))
+        bucket = torch.empty(sum(segments))
+        stages.decode_apply_(bucket, torch.stack(payloads), *layout)
+        results.append((payloads, bucket))
+    (native_payloads, native_bucket), (payloads, bucket) = results
+    same = torch.equal(native_bucket, bucket) and all(map(torch.equal, native_payloads, payloads))
+    if not same:
+        raise RuntimeError("the native stages and reference.py differ on a bucket of two ranks")
+    return "passed: two ranks, one bucket, native == reference.py bit for bit"
+
+
+def main() -> int:
+    print(f"{'python:':28}{sys.version.split()[0]} on {platform.platform()}")
+    works = _probe("torch", lambda: importlib.import_module("torch").__version__)
+    works &= _probe("compressed_ddp", lambda: importlib.import_module("compressed_ddp").__version__)
+    if not works:
+        return 1
+
+    import torch
+
+    from ._native import _C
+
+    works &= _probe("built against torch", lambda: _C.torch_version)
+    works &= _probe("instruction set", lambda: _C.instruction_set)
+    works &= _probe("wire format version", lambda: _C.wire_version)
+    _probe("engine", lambda: "CPU; buckets on other devices go through host memory (untested: macOS, Windows, MPS, XPU)")
+    _probe("threads", torch.get_num_threads)
+    _probe("torch.distributed", lambda: "available" if torch.distributed.is_available() else "not available")
+    _probe("Gloo", lambda: "available" if torch.distributed.is_gloo_available() else "not available")
+    _probe("NCCL", lambda: ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "not available")
+    _probe("CUDA of torch", lambda: torch.version.cuda)
+    _probe("CUDA devices", lambda: torch.cuda.device_count())
+    works &= _probe("self check", _self_check)
+    return 0 if works else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""TopKEFState: the options, the residuals and the step of one compressed model."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from . import _native
+from .adam import warn_about_momentum_once
+
+Exempt = str | Iterable[str] | Callable[[str, torch.Tensor], bool]
+
+_STATE_DICT_VERSION = 1
+_SCOPES = ("tensor", "bucket")
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+class TopKEFState:
+    """State of the Top-K hook with error feedback, for one model on one rank.
+
+    Constructing it runs no collective and needs no process group yet.
+
+    Args:
+        process_group: the group to average over; None = the default group at the first step (with `register`: the model's).
+        density: share k/numel of the entries that each rank sends, in (0, 1]; or a callable of the step (0, 1, 2, ..) that
+            returns it, the same on every rank (which is checked in every step). k = max(1, ceil(density * numel)).
+        scope: "tensor" selects in each parameter by itself, "bucket" in all compressed parameters of a bucket together.
+        error_feedback: keep what is not sent and add it to the next gradient. False loses it: for comparisons.
+        dense_steps: the first synchronised steps are averaged densely (default 2: in its first step DDP has the whole model
+            in one bucket and rebuilds the buckets afterwards). 0 is correct, too.
+        min_compress_numel: parameters with fewer entries travel dense, as 1-D parameters always do.
+        exempt: parameters that travel dense as well: regular expressions, searched in the parameter's name, or a predicate
+            `(name, parameter) -> bool`. Needs names.
+        named_parameters: `model.named_parameters()`, when neither `register` nor `bind` is going to bring the names.
+
+    A step begins when a parameter or name comes a second time. Memory: one fp32 residual per compressed entry.
+
+    Raises:
+        ValueError, TypeError: an option is outside its accepted range.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        density: float | Callable[[int], float] = 0.01,
+        *,
+        scope: str = "tensor",
+        error_feedback: bool = True,
+        dense_steps: int = 2,
+        min_compress_numel: int = 1024,
+        exempt: Exempt = (),
+        named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
+    ) -> None:
+        if not callable(density):
+            if isinstance(density, bool) or not isinstance(density, (int, float)):
+                raise TypeError(
+                    f"TopKEFState: density must be a number in (0, 1] or a callable of the step, got {density!r}"
+                )
+            if not (0.0 < density <= 1.0) or math.isnan(density):
+                raise ValueError(f"TopKEFState: density must be in (0, 1], got {density!r}")
+        if scope not in _SCOPES:
+            raise ValueError(f"TopKEFState: scope must be one of {_SCOPES}, got {scope!r}")
+        if not isinstance(error_feedback, bool):
+            raise TypeError(f"TopKEFState: error_feedback must be True or False, got {error_feedback!r}")
+        for option, value in (("dense_steps", dense_steps), ("min_compress_numel", min_compress_numel)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"TopKEFState: {option} must be an integer >= 0, got {value!r}")
+            if value < 0:
+                raise ValueError(f"TopKEFState: {option} must be >= 0, got {value}")
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(
+                f"TopKEFState: process_group must be a torch.distributed.ProcessGroup or None, got "
+                f"{type(process_group).__name__}; the density is the second argument: TopKEFState(density=0.01)"
+            )
+        self.process_group = process_group
+        self.density = density
+        self.scope = scope
+        self.error_feedback = error_feedback
+        self.dense_steps = dense_steps
+        self.min_compress_numel = min_compress_numel
+        self._exempt = _exempt_rule(exempt)
+        self._loaded_rank: tuple[int, int] | None = None  # rank and world_size of a loaded state, until they are checked
+        self._engine = _native._C.Engine(
+            density=density,
+            scope=scope,
+            error_feedback=error_feedback,
+            dense_steps=dense_steps,
+            min_compress_numel=min_compress_numel,
+            exempt_needs_names=self._exempt is not None,
+        )
+        if named_parameters is not None:
+            self.bind(named_parameters)
+        warn_about_momentum_once(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"TopKEFState(density={self.density}, scope={self.scope!r}, error_feedback={self.error_feedback}, "
+            f"dense_steps={self.dense_steps}, min_compress_numel={self.min_compress_numel}, step={self.step})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "TopKEFState cannot be pickled or copied: it belongs to one process and one model; save state.state_dict()"
+        )
+
+    # ---- names
+
+    def bind(self, model: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> TopKEFState:
+        """Takes the parameters' names (and with them, `exempt` and a loaded state take effect). Returns the state itself.
+
+        Args:
+            model: the module that is trained, wrapped or not, or its named parameters. Leading `module.` and `_orig_mod.` are
+                stripped from the names. Parameters without gradients are left out.
+
+        Raises:
+            ValueError: the state is bound to other parameters, or has compressed others already.
+        """
+        named = model.named_parameters() if isinstance(model, nn.Module) else model
+        parameters = []
+        for name, parameter in named:
+            if not isinstance(name, str) or not isinstance(parameter, torch.Tensor):
+                raise TypeError(
+                    "TopKEFState.bind: expected a module or pairs (name, parameter), got a pair of "
+                    f"{type(name).__name__} and {type(parameter).__name__}"
+                )
+            if parameter.requires_grad:
+                name = _strip_wrappers(name)
+                parameters.append((name, parameter, self._is_exempt(name, parameter)))
+        self._engine.bind(parameters)
+        return self
+
+    def is_compressed(self, name: str, parameter: torch.Tensor) -> bool:
+        """Whether a parameter of this name and shape travels compressed: more than one dimension, at least `min_compress_numel`
+        entries, and not exempt."""
+        if parameter.dim() <= 1 or parameter.numel() < max(1, self.min_compress_numel):
+            return False
+        return not self._is_exempt(_strip_wrappers(name), parameter)
+
+    def _is_exempt(self, name: str, parameter: torch.Tensor) -> bool:
+        return self._exempt is not None and bool(self._exempt(name, parameter))
+
+    # ---- process group
+
+    def _use_process_group(self, process_group: dist.ProcessGroup) -> None:
+        world_size = process_group.size()
+        if self._loaded_rank is not None:
+            _check_same_rank(self._loaded_rank, (process_group.rank(), world_size))
+            self._loaded_rank = None
+        if world_size == 1:
+            warnings.warn(
+                "compressed_ddp: the process group has one rank: nothing is sent, but the gradient is still reduced to its "
+                "largest entries; leave the hook out when training on one process",
+                stacklevel=4,
+            )
+        self._engine.set_process_group(process_group)
+
+    def _engine_with_process_group(self) -> Any:
+        if not self._engine.has_process_group():
+            if self.process_group is None and not dist.is_initialized():
+                raise RuntimeError(
+                    "compressed_ddp: no process group to average over; call torch.distributed.init_process_group first, "
+                    "or pass TopKEFState(process_group=...)"
+                )
+            self._use_process_group(self.process_group or dist.group.WORLD)
+        return self._engine
+
+    # ---- step, metrics, rollback
+
+    @property
+    def step(self) -> int:
+        """Synchronised steps so far."""
+        return int(self._engine.completed_steps())
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last completed step on this rank; read them after `backward()`. Never waits for a device or a rank.
+
+        `compressed_ddp/` + `bytes_sent` (put on the network by this rank), `dense_bytes` (what a ring all-reduce in the
+        gradient's dtype would have put there), `compression_ratio` (gradient bytes / payload bytes), `wire_ratio` (dense_bytes /
+        bytes_sent; nan when nothing was sent), `gradient_norm`, `residual_norm`, `captured_energy` (share of the squared norm of
+        gradient + residual that was sent), `step` (number of steps completed). Norms are fp32 sums per block of 65,536 entries.
+        """
+        return dict(self._engine.metrics())
+
+    def rollback(self) -> None:
+        """Call it when `optimizer.step()` was skipped on all ranks: what the last step sent goes back into the residual.
+
+        Steps with a non-finite gradient are rolled back without it.
+        """
+        self._engine.rollback()
+
+    def reset(self) -> None:
+        """Back to step 0 with zero residuals (dense steps included); names stay. Call it on every rank."""
+        self._loaded_rank = None
+        self._engine.reset()
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Residuals by parameter name and the options that matter: plain tensors and numbers, which `torch.load(weights_only=True)` reads.
+
+        Every rank has its own residuals: save it on every rank. Waits for exchanges in flight.
+
+        Raises:
+            ValueError: the parameters have no names yet.
+        """
+        rank, world_size = self._rank_and_world_size()
+        return {
+            "version": _STATE_DICT_VERSION,
+            "rank": rank,
+            "world_size": world_size,
+            "step": self.step,
+            "density": -1.0 if callable(self.density) else float(self.density),
+            "scope": self.scope,
+            "error_feedback": self.error_feedback,
+            "dense_steps": self.dense_steps,
+            "min_compress_numel": self.min_compress_numel,
+            "residuals": dict(self._engine.export_residuals()),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes residuals and step from `state_dict()` of the same rank and world size. Call it on every rank.
+
+        Residuals wait until their parameter's name is known (`bind`, `register`, or a name given to `all_reduce_`). Options are
+        not taken: a difference to this state's own options is warned about. A parameter without a saved residual starts at zero.
+
+        Raises:
+            ValueError: another version, rank, world size or shape, or a step that this state is already past.
+        """
+        version = state_dict.get("version")
+        if version != _STATE_DICT_VERSION:
+            raise ValueError(
+                f"TopKEFState.load_state_dict: expected version {_STATE_DICT_VERSION}, got {version!r}; "
+                "load it with the compressed_ddp that saved it"
+            )
+        missing = {"rank", "world_size", "step", "residuals"} - state_dict.keys()
+        if missing:
+            raise ValueError(
+                f"TopKEFState.load_state_dict: {sorted(missing)} missing; expected what TopKEFState.state_dict() returned"
+            )
+        loaded = (int(state_dict["rank"]), int(state_dict["world_size"]))
+        if self.process_group is not None or dist.is_initialized():
+            _check_same_rank(loaded, self._rank_and_world_size())
+            loaded_rank = None
+        else:
+            loaded_rank = loaded
+        step = int(state_dict["step"])
+        if step < 0:
+            raise ValueError(f"TopKEFState.load_state_dict: step must be >= 0, got {step}")
+        own = {
+            "density": -1.0 if callable(self.density) else float(self.density),
+            "scope": self.scope,
+            "error_feedback": self.error_feedback,
+            "dense_steps": self.dense_steps,
+            "min_compress_numel": self.min_compress_numel,
+        }
+        differing = [
+            f"{option} (saved {state_dict[option]!r}, now {value!r})"
+            for option, value in own.items()
+            if option in state_dict and state_dict[option] != value
+        ]
+        if differing:
+            warnings.warn(
+                "TopKEFState.load_state_dict: the state was saved with other options, which are not taken over: "
+                + ", ".join(differing),
+                stacklevel=2,
+            )
+        self._engine.load(step, list(state_dict["residuals"].items()))
+        self._loaded_rank = loaded_rank
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        if self.process_group is not None:
+            return self.process_group.rank(), self.process_group.size()
+        if dist.is_initialized():
+            return dist.get_rank(), dist.get_world_size()
+        return 0, 1
+
+
+def _strip_wrappers(name: str) -> str:
+    """`module.` (DDP) and `_orig_mod.` (torch.compile) in front of a name say how the model is wrapped, not what it is called."""
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _WRAPPER_PREFIXES:
+            if name.startswith(prefix):
+                name = name.removeprefix(prefix)
+                stripped = True
+    return name
+
+
+def _exempt_rule(exempt: Exempt) -> Callable[[str, torch.Tensor], bool] | None:
+    if callable(exempt):
+        return exempt
+    patterns = [exempt] if isinstance(exempt, str) else list(exempt)
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"TopKEFState: exempt must be regular expressions or a predicate (name, parameter) -> bool, got {pattern!r}: {error}"
+            ) from None
+    if not compiled:
+        return None
+    return lambda name, parameter: any(pattern.search(name) for pattern in compiled)
+
+
+def _check_same_rank(loaded: tuple[int, int], here: tuple[int, int]) -> None:
+    if loaded == here:
+        return
+    raise ValueError(
+        f"TopKEFState.load_state_dict: this state was saved by rank {loaded[0]} of {loaded[1]}, but this is rank {here[0]} of "
+        f"{here[1]}; residuals belong to a rank: load each rank's own file with the same world size, or start without residuals"
+    )
