@@ -1,0 +1,31 @@
+"""Marks and skips, in one place. A skip for a missing device becomes a failure where the device is required."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+
+import pytest
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # `import ranks`, in this process and in forked ranks
+
+REQUIRE_CUDA = os.environ.get("COMPRESSED_DDP_REQUIRE_CUDA") == "1"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_cuda") is None or torch.cuda.is_available():
+        return
+    if REQUIRE_CUDA:
+        pytest.fail("COMPRESSED_DDP_REQUIRE_CUDA=1, but torch sees no CUDA device", pytrace=False)
+    pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed per test, the same in every run, printed so that a failure can be repeated."""
+    value = int.from_bytes(request.node.name.encode()[-4:], "little") % 2**31
+    print(f"seed {value}")
+    torch.manual_seed(value)
+    return value
