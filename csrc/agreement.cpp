@@ -59,35 +59,46 @@ std::string describe_disagreement(std::span<const AgreementRecord> records) {
   Comparison all(records);
   using R = const AgreementRecord&;
   // A record of another version cannot be read any further.
-  all.compare("version of the agreement record", [](R r) { return r.record_version; }, [](R r) { return show(static_cast<int64_t>(r.record_version)); });
+  all.compare(
+      "version of the agreement record", [](R r) { return r.record_version; },
+      [](R r) { return show(static_cast<int64_t>(r.record_version)); });
   std::string details = std::move(all).message();
   if (details.empty()) {
     Comparison fields(records);
-    fields.compare("wire format version", [](R r) { return r.wire_version; }, [](R r) { return show(static_cast<int64_t>(r.wire_version)); });
+    fields.compare(
+        "wire format version", [](R r) { return r.wire_version; }, [](R r) { return show(static_cast<int64_t>(r.wire_version)); });
     fields.compare("world_size", [](R r) { return r.world_size; }, [](R r) { return show(r.world_size); });
     fields.compare("step", [](R r) { return r.step; }, [](R r) { return show(r.step); });
     fields.compare("density", [](R r) { return r.density; }, [](R r) { return show(r.density); });
-    fields.compare("density is a callable", [](R r) { return r.density_is_callable; }, [](R r) { return show_bool(r.density_is_callable); });
+    fields.compare(
+        "density is a callable", [](R r) { return r.density_is_callable; }, [](R r) { return show_bool(r.density_is_callable); });
     fields.compare("scope", [](R r) { return r.scope; }, [](R r) { return show_scope(r.scope); });
     fields.compare("error_feedback", [](R r) { return r.error_feedback; }, [](R r) { return show_bool(r.error_feedback); });
     fields.compare("dense_steps", [](R r) { return r.dense_steps; }, [](R r) { return show(r.dense_steps); });
     fields.compare("min_compress_numel", [](R r) { return r.min_compress_numel; }, [](R r) { return show(r.min_compress_numel); });
-    fields.compare("exempt (which parameters travel dense)", [](R r) { return r.exempt_hash; }, [](R r) { return show_hash(r.exempt_hash); });
-    fields.compare("dtype of the gradient (0 = float32, 1 = float16, 2 = bfloat16)", [](R r) { return r.gradient_type; }, [](R r) { return show(r.gradient_type); });
+    fields.compare(
+        "exempt (which parameters travel dense)", [](R r) { return r.exempt_hash; }, [](R r) { return show_hash(r.exempt_hash); });
+    fields.compare(
+        "dtype of the gradient (0 = float32, 1 = float16, 2 = bfloat16)", [](R r) { return r.gradient_type; },
+        [](R r) { return show(r.gradient_type); });
     fields.compare("number of parameters in the bucket", [](R r) { return r.num_segments; }, [](R r) { return show(r.num_segments); });
     fields.compare("numel of the bucket", [](R r) { return r.numel; }, [](R r) { return show(r.numel); });
     fields.compare("k (entries selected in the bucket)", [](R r) { return r.selected_numel; }, [](R r) { return show(r.selected_numel); });
     fields.compare("layout of the bucket", [](R r) { return r.layout_hash; }, [](R r) { return show_hash(r.layout_hash); });
     bool all_named = true;
     for (R r : records) all_named = all_named && r.names_hash != 0;
-    if (all_named) fields.compare("names of the parameters in the bucket", [](R r) { return r.names_hash; }, [](R r) { return show_hash(r.names_hash); });
+    if (all_named)
+      fields.compare(
+          "names of the parameters in the bucket", [](R r) { return r.names_hash; }, [](R r) { return show_hash(r.names_hash); });
     for (size_t r = 0; r < records.size(); ++r)
-      if (records[r].rank != static_cast<int64_t>(r)) return "the agreement record at position " + std::to_string(r) + " says it comes from rank " + std::to_string(records[r].rank);
+      if (records[r].rank != static_cast<int64_t>(r))
+        return "the agreement record at position " + std::to_string(r) + " says it comes from rank " + std::to_string(records[r].rank);
     details = std::move(fields).message();
   }
   if (details.empty()) return {};
   const char* name = records[0].bucket;
-  return "the ranks disagree before the exchange of the bucket that begins with '" + std::string(name, strnlen(name, sizeof records[0].bucket)) + "' (as rank 0 calls it): " + details +
+  return "the ranks disagree before the exchange of the bucket that begins with '" +
+         std::string(name, strnlen(name, sizeof records[0].bucket)) + "' (as rank 0 calls it): " + details +
          ". Nothing was sent and no residual changed. Give every rank the same model, options and checkpoint step.";
 }
 

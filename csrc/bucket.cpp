@@ -17,10 +17,15 @@ const auto torch_parallel_for = [](int64_t count, auto&& function) { at::paralle
 
 GradientType gradient_type(const at::Tensor& gradient) {
   switch (gradient.scalar_type()) {
-    case at::kFloat: return GradientType::kFloat32;
-    case at::kHalf: return GradientType::kFloat16;
-    case at::kBFloat16: return GradientType::kBFloat16;
-    default: TORCH_CHECK_VALUE(false, "compressed_ddp: expected gradients of dtype float32, float16 or bfloat16, got ", gradient.scalar_type(), "; leave such a model to DDP's own all-reduce");
+    case at::kFloat:
+      return GradientType::kFloat32;
+    case at::kHalf:
+      return GradientType::kFloat16;
+    case at::kBFloat16:
+      return GradientType::kBFloat16;
+    default:
+      TORCH_CHECK_VALUE(false, "compressed_ddp: expected gradients of dtype float32, float16 or bfloat16, got ", gradient.scalar_type(),
+                        "; leave such a model to DDP's own all-reduce");
   }
 }
 
@@ -101,7 +106,8 @@ void Bucket::compensate_select_and_encode(const at::Tensor& gradient, const std:
   auto* payload = payload_.data_ptr<uint8_t>();
   // compensate_select_ writes its entries straight into the payload: encode has nothing left to copy.
   const PayloadEntries entries = payload_entries(layout_, payload);
-  const CompensateSelectArguments arguments{gradient.const_data_ptr(), key_.type, error_feedback_ ? residuals_.data() : nullptr, unused_.data(), entries.indices, entries.values};
+  const CompensateSelectArguments arguments{
+      gradient.const_data_ptr(), key_.type, error_feedback_ ? residuals_.data() : nullptr, unused_.data(), entries.indices, entries.values};
   const CompensateSelectStatistics selected = compensate_select(*compensate_select_, arguments, torch_parallel_for);
   sent_ = error_feedback_;
   const EncodeStatistics dense = encode_dense(layout_, gradient.const_data_ptr(), key_.type, unused_.data(), payload);

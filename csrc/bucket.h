@@ -23,7 +23,9 @@ struct BucketKey {
   std::vector<EntryPtr> entries;
   int64_t presence_numel = 0; // dense fp32 entries behind the last parameter (all_reduce_gradients), 0 for DDP
   GradientType type;
-  bool operator==(const BucketKey& other) const { return entries == other.entries && presence_numel == other.presence_numel && type == other.type; }
+  bool operator==(const BucketKey& other) const {
+    return entries == other.entries && presence_numel == other.presence_numel && type == other.type;
+  }
 };
 
 // What one step did with a bucket; written by whoever finishes it, read when nothing is in flight.

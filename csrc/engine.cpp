@@ -22,8 +22,10 @@ std::string text_of(const std::exception& error) {
 
 std::exception_ptr failed_exchange(const Engine::Place& place, const std::exception& error) {
   return std::make_exception_ptr(std::runtime_error(
-      "compressed_ddp: the exchange of the bucket that begins with '" + place.bucket + "' failed at step " + std::to_string(place.step) + " on rank " + std::to_string(place.rank) + " of " + std::to_string(place.world_size) + ": " + text_of(error) +
-      ". Usually another rank has died or is stalled beyond the process group's timeout: look for the first error in the other ranks' logs. Nothing is lost here: what this rank had selected goes back into its residual, so state.state_dict() "
+      "compressed_ddp: the exchange of the bucket that begins with '" + place.bucket + "' failed at step " + std::to_string(place.step) +
+      " on rank " + std::to_string(place.rank) + " of " + std::to_string(place.world_size) + ": " + text_of(error) +
+      ". Usually another rank has died or is stalled beyond the process group's timeout: look for the first error in the other ranks' "
+      "logs. Nothing is lost here: what this rank had selected goes back into its residual, so state.state_dict() "
       "can still be saved; then restart from the last checkpoint."));
 }
 
@@ -48,7 +50,8 @@ bool Engine::has_process_group() const {
 
 // ---- what comes in
 
-c10::intrusive_ptr<Future> Engine::run(const std::function<void(Request&)>& fill, at::Tensor buffer, c10::IValue result, c10::TypePtr result_type) {
+c10::intrusive_ptr<Future> Engine::run(const std::function<void(Request&)>& fill, at::Tensor buffer, c10::IValue result,
+                                       c10::TypePtr result_type) {
   std::vector<c10::Device> devices;
   if (!buffer.is_cpu()) devices.push_back(buffer.device());
   auto future = c10::make_intrusive<Future>(std::move(result_type), std::move(devices));
@@ -68,7 +71,9 @@ c10::intrusive_ptr<Future> Engine::run(const std::function<void(Request&)>& fill
 
 c10::intrusive_ptr<Future> Engine::reduce_bucket(c10d::GradBucket& bucket, c10::IValue result, c10::TypePtr result_type) {
   const auto fill = [&](Request& request) {
-    TORCH_CHECK_VALUE(!request.buffer.is_sparse(), "topk_ef_hook: expected a dense bucket, got a sparse gradient (an Embedding with sparse=True); use sparse=False for a model that is compressed");
+    TORCH_CHECK_VALUE(!request.buffer.is_sparse(),
+                      "topk_ef_hook: expected a dense bucket, got a sparse gradient (an Embedding with sparse=True); use sparse=False for "
+                      "a model that is compressed");
     check_one_model(bucket);
     for (const at::Tensor& parameter : bucket.getParameters()) {
       request.entries.push_back(residuals_.of_parameter(parameter));
@@ -79,12 +84,15 @@ c10::intrusive_ptr<Future> Engine::reduce_bucket(c10d::GradBucket& bucket, c10::
   return run(fill, bucket.getBuffer(), std::move(result), std::move(result_type));
 }
 
-c10::intrusive_ptr<Future> Engine::reduce_named(at::Tensor buffer, const std::string& name, const std::vector<int64_t>& sizes, const std::vector<int64_t>& segment_numels, bool exempt, c10::IValue result, c10::TypePtr result_type) {
+c10::intrusive_ptr<Future> Engine::reduce_named(at::Tensor buffer, const std::string& name, const std::vector<int64_t>& sizes,
+                                                const std::vector<int64_t>& segment_numels, bool exempt, c10::IValue result,
+                                                c10::TypePtr result_type) {
   const auto fill = [&](Request& request) { request.entries.push_back(residuals_.of_name(name, sizes, segment_numels, exempt)); };
   return run(fill, std::move(buffer), std::move(result), std::move(result_type));
 }
 
-c10::intrusive_ptr<Future> Engine::reduce_parameters(at::Tensor buffer, const std::vector<at::Tensor>& parameters, const std::vector<uint8_t>& unused, c10::IValue result, c10::TypePtr result_type) {
+c10::intrusive_ptr<Future> Engine::reduce_parameters(at::Tensor buffer, const std::vector<at::Tensor>& parameters,
+                                                     const std::vector<uint8_t>& unused, c10::IValue result, c10::TypePtr result_type) {
   const auto fill = [&](Request& request) {
     for (const at::Tensor& parameter : parameters) request.entries.push_back(residuals_.of_parameter(parameter));
     request.unused = unused;
@@ -99,7 +107,9 @@ void Engine::check_one_model(const c10d::GradBucket& bucket) {
   if (!residuals_.is_bound()) {
     bool all_new = true;
     for (const at::Tensor& parameter : bucket.getParameters()) all_new = all_new && residuals_.find_parameter(parameter) == nullptr;
-    TORCH_CHECK_VALUE(!(all_new && saw_last_bucket_ && seen_indices_.contains(bucket.getIndex())), "topk_ef_hook: this TopKEFState already serves another model: one state serves one model, because its residuals belong to that model's parameters; create a second TopKEFState");
+    TORCH_CHECK_VALUE(!(all_new && saw_last_bucket_ && seen_indices_.contains(bucket.getIndex())),
+                      "topk_ef_hook: this TopKEFState already serves another model: one state serves one model, because its residuals "
+                      "belong to that model's parameters; create a second TopKEFState");
   }
   seen_indices_.insert(bucket.getIndex());
   saw_last_bucket_ = saw_last_bucket_ || bucket.isLast();
@@ -108,18 +118,25 @@ void Engine::check_one_model(const c10d::GradBucket& bucket) {
 void Engine::check_entries(const Request& request) const {
   int64_t numel = request.presence_numel;
   for (const EntryPtr& entry : request.entries) numel += entry->numel;
-  TORCH_CHECK_VALUE(numel == request.buffer.numel() && request.buffer.dim() == 1 && request.buffer.is_contiguous(), "compressed_ddp: expected a flat contiguous bucket of ", numel, " entries, got ", request.buffer.sizes(), " with strides ", request.buffer.strides());
+  TORCH_CHECK_VALUE(numel == request.buffer.numel() && request.buffer.dim() == 1 && request.buffer.is_contiguous(),
+                    "compressed_ddp: expected a flat contiguous bucket of ", numel, " entries, got ", request.buffer.sizes(),
+                    " with strides ", request.buffer.strides());
   for (const EntryPtr& entry : request.entries) {
     if (!entry->name.empty()) continue;
-    TORCH_CHECK_VALUE(!options_.exempt_needs_names, "topk_ef_hook: exempt was given, but the parameters have no names yet, so it cannot be followed; call state.bind(model) before training, or pass named_parameters=model.named_parameters() to TopKEFState");
-    TORCH_CHECK_VALUE(!residuals_.has_waiting(), "topk_ef_hook: a loaded state waits for the names of the parameters; call state.bind(model) before training, or pass named_parameters=model.named_parameters() to TopKEFState");
+    TORCH_CHECK_VALUE(!options_.exempt_needs_names,
+                      "topk_ef_hook: exempt was given, but the parameters have no names yet, so it cannot be followed; call "
+                      "state.bind(model) before training, or pass named_parameters=model.named_parameters() to TopKEFState");
+    TORCH_CHECK_VALUE(!residuals_.has_waiting(),
+                      "topk_ef_hook: a loaded state waits for the names of the parameters; call state.bind(model) before training, or pass "
+                      "named_parameters=model.named_parameters() to TopKEFState");
   }
 }
 
 // ---- steps
 
 void Engine::begin_step_if_repeated(const Request& request) {
-  const bool repeated = std::any_of(request.entries.begin(), request.entries.end(), [&](const EntryPtr& entry) { return entry->last_step == step_; });
+  const bool repeated =
+      std::any_of(request.entries.begin(), request.entries.end(), [&](const EntryPtr& entry) { return entry->last_step == step_; });
   if (repeated) {
     wait_until_idle();
     settle(false);
@@ -152,8 +169,10 @@ void Engine::wait_until_idle() {
 void Engine::settle(bool restore_all) {
   const std::lock_guard lock(progress_->mutex);
   for (const auto& bucket : step_buckets_) {
-    if (progress_->step_is_bad || restore_all) bucket->restore();
-    else bucket->forget_sent();
+    if (progress_->step_is_bad || restore_all)
+      bucket->restore();
+    else
+      bucket->forget_sent();
   }
   progress_->step_is_bad = false;
 }
@@ -163,7 +182,9 @@ void Engine::settle(bool restore_all) {
 void Engine::reduce(Request request) {
   check_entries(request);
   const c10::intrusive_ptr<c10d::ProcessGroup> process_group = process_group_.lock();
-  TORCH_CHECK(process_group, "compressed_ddp: the process group is gone (destroy_process_group was called?); create a new TopKEFState, or a new process group before the next step");
+  TORCH_CHECK(process_group,
+              "compressed_ddp: the process group is gone (destroy_process_group was called?); create a new TopKEFState, or a new process "
+              "group before the next step");
   begin_step_if_repeated(request);
   if (!request.buffer.is_cpu() && !is_dense_step()) return reduce_through_host(std::move(request));
   const std::shared_ptr<Bucket> bucket = bucket_of(request);
@@ -186,7 +207,8 @@ std::shared_ptr<Bucket> Engine::bucket_of(const Request& request) {
   return buckets_.emplace(first, std::make_shared<Bucket>(std::move(key), options_.scope, options_.min_compress_numel))->second;
 }
 
-void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
+void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, Request request,
+                           const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const int64_t world_size = process_group->getSize();
   const auto rank = static_cast<uint32_t>(process_group->getRank());
   agree(*bucket, *process_group);
@@ -210,7 +232,8 @@ void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, Request reques
 
 // Starts the collective; when it is done, runs `apply` (returns whether the step is bad) and completes the future. `apply` runs on a
 // thread of the process group, or right here when the collective is already done: no GIL, no other collective, no engine.
-void Engine::start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place, const std::function<c10::intrusive_ptr<c10d::Work>()>& collective, std::function<bool()> apply) {
+void Engine::start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place,
+                   const std::function<c10::intrusive_ptr<c10d::Work>()>& collective, std::function<bool()> apply) {
   bucket->result = request.result;
   {
     const std::lock_guard lock(progress_->mutex);
@@ -228,7 +251,8 @@ void Engine::start(const std::shared_ptr<Bucket>& bucket, const Request& request
     finish(true);
     std::rethrow_exception(failed_exchange(place, error));
   }
-  bucket->work->getFuture()->addCallback([finish, place, apply = std::move(apply), buffer = request.buffer, result = request.result, future = request.future](Future& done) mutable {
+  bucket->work->getFuture()->addCallback([finish, place, apply = std::move(apply), buffer = request.buffer, result = request.result,
+                                          future = request.future](Future& done) mutable {
     std::exception_ptr failure;
     bool bad = false;
     try {
@@ -238,12 +262,15 @@ void Engine::start(const std::shared_ptr<Bucket>& bucket, const Request& request
       failure = failed_exchange(place, error);
     }
     finish(bad || failure != nullptr);
-    if (failure != nullptr) future->setError(failure);
-    else future->markCompleted(std::move(result), storages_of(buffer));
+    if (failure != nullptr)
+      future->setError(failure);
+    else
+      future->markCompleted(std::move(result), storages_of(buffer));
   });
 }
 
-void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
+void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, Request request,
+                          const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const int64_t world_size = process_group->getSize();
   agree(*bucket, *process_group);
   const auto gradient_bytes = static_cast<int64_t>(request.buffer.nbytes());
@@ -261,7 +288,8 @@ void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, Request request
   step_buckets_.push_back(bucket);
   request.buffer.div_(world_size); // before the sum, so that fp16 does not overflow
   const Place place{bucket->name(), step_, process_group->getRank(), static_cast<int>(world_size)};
-  if (request.buffer.is_cpu()) return start(bucket, request, place, [&] { return start_all_reduce(*process_group, request.buffer); }, [] { return false; });
+  if (request.buffer.is_cpu())
+    return start(bucket, request, place, [&] { return start_all_reduce(*process_group, request.buffer); }, [] { return false; });
   bucket->work = start_all_reduce(*process_group, request.buffer);
   bucket->work->wait(); // makes the current stream wait; the future then records it
   request.future->markCompleted(request.result, storages_of(request.buffer));
@@ -377,7 +405,9 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::export_residuals() {
 // comparison that the others do not take part in. Every payload carries its step, so the ranks notice at the next exchange.
 void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Tensor>>& residuals) {
   const std::lock_guard lock(mutex_);
-  TORCH_CHECK_VALUE(!(has_compressed_ && step < options_.dense_steps), "TopKEFState.load_state_dict: this state is past its dense steps and cannot go back to step ", step, " (dense_steps=", options_.dense_steps, "); call reset() on every rank first");
+  TORCH_CHECK_VALUE(!(has_compressed_ && step < options_.dense_steps),
+                    "TopKEFState.load_state_dict: this state is past its dense steps and cannot go back to step ", step,
+                    " (dense_steps=", options_.dense_steps, "); call reset() on every rank first");
   wait_until_idle();
   residuals_.import_residuals(residuals);
   residuals_.forget_steps();

@@ -55,9 +55,13 @@ class Engine {
   // Averages `buffer` in place over the ranks. The future completes with `result` (a tensor, or a Python object that stands for it).
   // Every error, of whatever kind, arrives through the future; none is thrown.
   c10::intrusive_ptr<c10::ivalue::Future> reduce_bucket(c10d::GradBucket& bucket, c10::IValue result, c10::TypePtr result_type);
-  c10::intrusive_ptr<c10::ivalue::Future> reduce_named(at::Tensor buffer, const std::string& name, const std::vector<int64_t>& sizes, const std::vector<int64_t>& segment_numels, bool exempt, c10::IValue result, c10::TypePtr result_type);
+  c10::intrusive_ptr<c10::ivalue::Future> reduce_named(at::Tensor buffer, const std::string& name, const std::vector<int64_t>& sizes,
+                                                       const std::vector<int64_t>& segment_numels, bool exempt, c10::IValue result,
+                                                       c10::TypePtr result_type);
   // buffer = the parameters' gradients one after another (in each parameter's bucket order), then one 0/1 entry per parameter.
-  c10::intrusive_ptr<c10::ivalue::Future> reduce_parameters(at::Tensor buffer, const std::vector<at::Tensor>& parameters, const std::vector<uint8_t>& unused, c10::IValue result, c10::TypePtr result_type);
+  c10::intrusive_ptr<c10::ivalue::Future> reduce_parameters(at::Tensor buffer, const std::vector<at::Tensor>& parameters,
+                                                            const std::vector<uint8_t>& unused, c10::IValue result,
+                                                            c10::TypePtr result_type);
 
   int64_t completed_steps(); // synchronised steps begun so far
   void rollback();           // the last step was not applied: restore what it sent
@@ -97,12 +101,14 @@ class Engine {
     c10::intrusive_ptr<c10::ivalue::Future> future;
   };
 
-  c10::intrusive_ptr<c10::ivalue::Future> run(const std::function<void(Request&)>& fill, at::Tensor buffer, c10::IValue result, c10::TypePtr result_type);
+  c10::intrusive_ptr<c10::ivalue::Future> run(const std::function<void(Request&)>& fill, at::Tensor buffer, c10::IValue result,
+                                              c10::TypePtr result_type);
   void reduce(Request request);
   void reduce_through_host(Request request);
   void reduce_sparse(const std::shared_ptr<Bucket>& bucket, Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
   void reduce_dense(const std::shared_ptr<Bucket>& bucket, Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
-  void start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place, const std::function<c10::intrusive_ptr<c10d::Work>()>& collective, std::function<bool()> apply);
+  void start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place,
+             const std::function<c10::intrusive_ptr<c10d::Work>()>& collective, std::function<bool()> apply);
   void begin_step_if_repeated(const Request& request);
   void check_entries(const Request& request) const;
   void check_one_model(const c10d::GradBucket& bucket);
@@ -133,7 +139,7 @@ class Engine {
   bool has_compressed_ = false;
   Metrics metrics_;
 
-  std::set<size_t> seen_indices_;  // of DDP buckets, to notice a second model when nothing is bound
+  std::set<size_t> seen_indices_; // of DDP buckets, to notice a second model when nothing is bound
   bool saw_last_bucket_ = false;
 };
 

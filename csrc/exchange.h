@@ -18,7 +18,9 @@ void all_gather(ProcessGroup& process_group, const at::Tensor& payload, at::Tens
 c10::intrusive_ptr<c10d::Work> start_all_reduce(ProcessGroup& process_group, at::Tensor& bucket);
 
 // Bytes that one rank puts on the network.
-inline double all_gather_sent_bytes(int64_t world_size, int64_t payload_bytes) { return static_cast<double>((world_size - 1) * payload_bytes); }
+inline double all_gather_sent_bytes(int64_t world_size, int64_t payload_bytes) {
+  return static_cast<double>((world_size - 1) * payload_bytes);
+}
 inline double ring_all_reduce_sent_bytes(int64_t world_size, int64_t bucket_bytes) {
   return 2.0 * static_cast<double>(world_size - 1) / static_cast<double>(world_size) * static_cast<double>(bucket_bytes);
 }

@@ -9,9 +9,7 @@
 namespace compressed_ddp {
 namespace {
 
-[[noreturn]] void refuse(const std::string& what) {
-  throw std::invalid_argument("layout: " + what);
-}
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("layout: " + what); }
 
 uint64_t hash_number(int64_t number, uint64_t seed) {
   // Byte by byte from the low end, so that the hash does not depend on the machine's byte order.
@@ -38,7 +36,8 @@ int64_t selection_k(double density, int64_t numel) {
 
 Layout Layout::make(std::span<const int64_t> segment_numels, std::span<const int64_t> segment_groups, std::span<const int64_t> group_k) {
   if (segment_numels.size() != segment_groups.size())
-    refuse("expected one group per segment but got " + std::to_string(segment_numels.size()) + " segments and " + std::to_string(segment_groups.size()) + " groups");
+    refuse("expected one group per segment but got " + std::to_string(segment_numels.size()) + " segments and " +
+           std::to_string(segment_groups.size()) + " groups");
   Layout layout;
   layout.segments.reserve(segment_numels.size());
   for (size_t s = 0; s < segment_numels.size(); ++s) {
@@ -47,7 +46,8 @@ Layout Layout::make(std::span<const int64_t> segment_numels, std::span<const int
     if (numel < 0) refuse("segment " + std::to_string(s) + " has a negative numel " + std::to_string(numel));
     // Indices travel as int32; the limit also keeps every byte count below far inside int64.
     if (numel > std::numeric_limits<int32_t>::max() - layout.numel)
-      refuse("a bucket holds at most 2147483647 entries, segment " + std::to_string(s) + " goes beyond; use dense_steps >= 1 (the first DDP bucket holds the whole model) or a smaller bucket_cap_mb");
+      refuse("a bucket holds at most 2147483647 entries, segment " + std::to_string(s) +
+             " goes beyond; use dense_steps >= 1 (the first DDP bucket holds the whole model) or a smaller bucket_cap_mb");
     Segment segment{layout.numel, numel, kDenseGroup, 0};
     if (group == kDenseGroup) {
       segment.dense_offset = layout.dense_numel;
@@ -55,7 +55,8 @@ Layout Layout::make(std::span<const int64_t> segment_numels, std::span<const int
     } else {
       const auto num_groups = static_cast<int64_t>(layout.groups.size());
       if (group != num_groups && group != num_groups - 1)
-        refuse("groups must be numbered 0, 1, 2, .. in bucket order (-1 = dense), segment " + std::to_string(s) + " has group " + std::to_string(group));
+        refuse("groups must be numbered 0, 1, 2, .. in bucket order (-1 = dense), segment " + std::to_string(s) + " has group " +
+               std::to_string(group));
       if (group == num_groups) layout.groups.push_back(Group{0, 0, 0, static_cast<int32_t>(s), static_cast<int32_t>(s)});
       layout.groups.back().numel += numel;
       layout.groups.back().last_segment = static_cast<int32_t>(s);
@@ -65,7 +66,8 @@ Layout Layout::make(std::span<const int64_t> segment_numels, std::span<const int
     layout.numel += numel;
   }
   if (layout.groups.size() != group_k.size())
-    refuse("expected one k per group but got " + std::to_string(layout.groups.size()) + " groups and " + std::to_string(group_k.size()) + " k");
+    refuse("expected one k per group but got " + std::to_string(layout.groups.size()) + " groups and " + std::to_string(group_k.size()) +
+           " k");
   for (size_t g = 0; g < group_k.size(); ++g) {
     Group& group = layout.groups[g];
     if (group_k[g] < 1 || group_k[g] > group.numel)

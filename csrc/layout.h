@@ -17,7 +17,7 @@ namespace compressed_ddp {
 inline constexpr int32_t kDenseGroup = -1;
 
 struct Segment {
-  int64_t offset;       // position of its first entry in the bucket
+  int64_t offset; // position of its first entry in the bucket
   int64_t numel;
   int32_t group;        // kDenseGroup, or the index of its group
   int64_t dense_offset; // dense segments: position of its first entry among the payload's dense entries

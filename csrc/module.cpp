@@ -3,9 +3,9 @@
 // pybind11 is the copy bundled with torch; another copy would import and then fail to recognise torch's types (self_test below).
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/distributed/c10d/reducer.hpp>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/distributed/c10d/reducer.hpp>
 
 #include "cpu/compensate_select_filter.h"
 #include "engine.h"
@@ -53,10 +53,13 @@ std::function<double(int64_t)> density_function(py::object callable) {
 }
 
 // A deleter with the GIL: the engine keeps the results of the last step, which are Python objects.
-std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope, bool error_feedback, int64_t dense_steps, int64_t min_compress_numel, bool exempt_needs_names) {
+std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope, bool error_feedback, int64_t dense_steps,
+                                    int64_t min_compress_numel, bool exempt_needs_names) {
   EngineOptions options;
-  if (PyCallable_Check(density.ptr()) != 0) options.density_of_step = density_function(std::move(density));
-  else options.density = density.cast<double>();
+  if (PyCallable_Check(density.ptr()) != 0)
+    options.density_of_step = density_function(std::move(density));
+  else
+    options.density = density.cast<double>();
   options.scope = scope == "bucket" ? Scope::kBucket : Scope::kTensor;
   options.error_feedback = error_feedback;
   options.dense_steps = dense_steps;
@@ -104,11 +107,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("selection_k", &selection_k, py::arg("density"), py::arg("numel"));
   m.def(
       "payload_bytes",
-      [](const std::vector<int64_t>& segments, const std::vector<int64_t>& groups, const std::vector<int64_t>& k) { return payload_bytes(Layout::make(segments, groups, k)); },
+      [](const std::vector<int64_t>& segments, const std::vector<int64_t>& groups, const std::vector<int64_t>& k) {
+        return payload_bytes(Layout::make(segments, groups, k));
+      },
       py::arg("segments"), py::arg("groups"), py::arg("k"));
 
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
-      .def(py::init(&make_engine), py::kw_only(), py::arg("density"), py::arg("scope"), py::arg("error_feedback"), py::arg("dense_steps"), py::arg("min_compress_numel"), py::arg("exempt_needs_names"))
+      .def(py::init(&make_engine), py::kw_only(), py::arg("density"), py::arg("scope"), py::arg("error_feedback"), py::arg("dense_steps"),
+           py::arg("min_compress_numel"), py::arg("exempt_needs_names"))
       .def("set_process_group", &Engine::set_process_group, py::call_guard<release_gil>())
       .def("has_process_group", &Engine::has_process_group, py::call_guard<release_gil>())
       .def("bind",
@@ -121,16 +127,23 @@ PYBIND11_MODULE(_C, m) {
       .def("is_bound", [](Engine& engine) { return engine.residuals().is_bound(); })
       .def("reduce_bucket",
            [](Engine& engine, c10d::GradBucket& bucket) {
-             return with_python_result(bucket.getBuffer(), [&](c10::IValue result, c10::TypePtr type) { return engine.reduce_bucket(bucket, std::move(result), std::move(type)); });
+             return with_python_result(bucket.getBuffer(), [&](c10::IValue result, c10::TypePtr type) {
+               return engine.reduce_bucket(bucket, std::move(result), std::move(type));
+             });
            })
       .def("reduce_named",
-           [](Engine& engine, const at::Tensor& buffer, const at::Tensor& result, const std::string& name, const std::vector<int64_t>& segments, bool exempt) {
+           [](Engine& engine, const at::Tensor& buffer, const at::Tensor& result, const std::string& name,
+              const std::vector<int64_t>& segments, bool exempt) {
              const std::vector<int64_t> sizes = result.sizes().vec();
-             return with_python_result(result, [&](c10::IValue value, c10::TypePtr type) { return engine.reduce_named(buffer, name, sizes, segments, exempt, std::move(value), std::move(type)); });
+             return with_python_result(result, [&](c10::IValue value, c10::TypePtr type) {
+               return engine.reduce_named(buffer, name, sizes, segments, exempt, std::move(value), std::move(type));
+             });
            })
       .def("reduce_parameters",
            [](Engine& engine, const at::Tensor& buffer, const std::vector<at::Tensor>& parameters, const std::vector<uint8_t>& unused) {
-             return with_python_result(buffer, [&](c10::IValue value, c10::TypePtr type) { return engine.reduce_parameters(buffer, parameters, unused, std::move(value), std::move(type)); });
+             return with_python_result(buffer, [&](c10::IValue value, c10::TypePtr type) {
+               return engine.reduce_parameters(buffer, parameters, unused, std::move(value), std::move(type));
+             });
            })
       .def("completed_steps", &Engine::completed_steps, py::call_guard<release_gil>())
       .def("rollback", &Engine::rollback, py::call_guard<release_gil>())
@@ -150,7 +163,12 @@ PYBIND11_MODULE(_C, m) {
       .def("has_compressed", &Engine::has_compressed)
       .def("is_compressed", &Engine::is_compressed, py::call_guard<release_gil>());
 
-  m.def("register_hook", [](c10d::Reducer& reducer, const std::shared_ptr<Engine>& engine) { reducer.register_comm_hook(std::make_unique<TopKEFHook>(engine)); }, py::arg("reducer"), py::arg("engine"));
+  m.def(
+      "register_hook",
+      [](c10d::Reducer& reducer, const std::shared_ptr<Engine>& engine) {
+        reducer.register_comm_hook(std::make_unique<TopKEFHook>(engine));
+      },
+      py::arg("reducer"), py::arg("engine"));
 }
 
 } // namespace compressed_ddp

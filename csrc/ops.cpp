@@ -27,7 +27,9 @@ Layout make_layout(const char* op, at::IntArrayRef segments, at::IntArrayRef gro
 }
 
 void check_flat(const char* op, const char* argument, const at::Tensor& tensor, int64_t numel) {
-  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.is_contiguous() && tensor.numel() == numel, op, ": expected ", argument, " to be flat and contiguous with ", numel, " entries (the sum of segments), got shape ", tensor.sizes(), " with strides ", tensor.strides());
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.is_contiguous() && tensor.numel() == numel, op, ": expected ", argument,
+                    " to be flat and contiguous with ", numel, " entries (the sum of segments), got shape ", tensor.sizes(),
+                    " with strides ", tensor.strides());
 }
 
 void check_type(const char* op, const char* argument, const at::Tensor& tensor, at::ScalarType type) {
@@ -41,7 +43,9 @@ std::vector<float*> segment_residuals(const Layout& layout, const at::Tensor& re
   return pointers;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> compensate_select_cpu(const at::Tensor& gradient, at::Tensor& residual, at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k, bool error_feedback) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> compensate_select_cpu(const at::Tensor& gradient, at::Tensor& residual,
+                                                                     at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k,
+                                                                     bool error_feedback) {
   constexpr auto op = "compensate_select_";
   const Layout layout = make_layout(op, segments, groups, k);
   check_flat(op, "gradient", gradient, layout.numel);
@@ -51,7 +55,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> compensate_select_cpu(const at::T
   at::Tensor indices = at::empty({layout.selected_numel}, gradient.options().dtype(at::kInt));
   const std::vector<float*> residuals = segment_residuals(layout, residual);
   CompensateSelect plan(layout);
-  const CompensateSelectArguments arguments{gradient.const_data_ptr(), gradient_type(gradient), error_feedback ? residuals.data() : nullptr, nullptr, indices.mutable_data_ptr<int32_t>(), values.mutable_data_ptr<float>()};
+  const CompensateSelectArguments arguments{
+      gradient.const_data_ptr(),           gradient_type(gradient),         error_feedback ? residuals.data() : nullptr, nullptr,
+      indices.mutable_data_ptr<int32_t>(), values.mutable_data_ptr<float>()};
   const CompensateSelectStatistics sums = compensate_select(plan, arguments, torch_parallel_for);
   at::Tensor statistics = at::empty({4}, gradient.options().dtype(at::kDouble));
   auto* out = statistics.mutable_data_ptr<double>();
@@ -62,15 +68,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> compensate_select_cpu(const at::T
   return {values, indices, statistics};
 }
 
-at::Tensor encode_cpu(const at::Tensor& values, const at::Tensor& indices, const at::Tensor& gradient, at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k, int64_t rank, int64_t world_size, int64_t step, bool non_finite) {
+at::Tensor encode_cpu(const at::Tensor& values, const at::Tensor& indices, const at::Tensor& gradient, at::IntArrayRef segments,
+                      at::IntArrayRef groups, at::IntArrayRef k, int64_t rank, int64_t world_size, int64_t step, bool non_finite) {
   constexpr auto op = "encode";
   const Layout layout = make_layout(op, segments, groups, k);
   check_flat(op, "gradient", gradient, layout.numel);
   check_type(op, "values", values, at::kFloat);
   check_type(op, "indices", indices, at::kInt);
-  TORCH_CHECK_VALUE(values.dim() == 1 && values.is_contiguous() && values.numel() == layout.selected_numel && indices.dim() == 1 && indices.is_contiguous() && indices.numel() == layout.selected_numel, op,
-                    ": expected flat contiguous values and indices with ", layout.selected_numel, " entries (the sum of k), got shapes ", values.sizes(), " and ", indices.sizes());
-  TORCH_CHECK_VALUE(world_size >= 1 && rank >= 0 && rank < world_size, op, ": expected 0 <= rank < world_size, got rank ", rank, " of ", world_size);
+  TORCH_CHECK_VALUE(values.dim() == 1 && values.is_contiguous() && values.numel() == layout.selected_numel && indices.dim() == 1 &&
+                        indices.is_contiguous() && indices.numel() == layout.selected_numel,
+                    op, ": expected flat contiguous values and indices with ", layout.selected_numel,
+                    " entries (the sum of k), got shapes ", values.sizes(), " and ", indices.sizes());
+  TORCH_CHECK_VALUE(world_size >= 1 && rank >= 0 && rank < world_size, op, ": expected 0 <= rank < world_size, got rank ", rank, " of ",
+                    world_size);
   at::Tensor payload = at::empty({payload_bytes(layout)}, gradient.options().dtype(at::kByte));
   auto* bytes = payload.mutable_data_ptr<uint8_t>();
   encode_selected(layout, values.const_data_ptr<float>(), indices.const_data_ptr<int32_t>(), bytes);
@@ -79,14 +89,17 @@ at::Tensor encode_cpu(const at::Tensor& values, const at::Tensor& indices, const
   return payload;
 }
 
-void decode_apply_cpu(at::Tensor& bucket, const at::Tensor& gathered, at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k, int64_t step) {
+void decode_apply_cpu(at::Tensor& bucket, const at::Tensor& gathered, at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k,
+                      int64_t step) {
   constexpr auto op = "decode_apply_";
   const Layout layout = make_layout(op, segments, groups, k);
   check_flat(op, "bucket", bucket, layout.numel);
   check_type(op, "gathered", gathered, at::kByte);
-  TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.is_contiguous() && gathered.size(0) >= 1 && gathered.size(1) == payload_bytes(layout), op, ": expected gathered to be contiguous [world_size, ", payload_bytes(layout), "], got ", gathered.sizes());
+  TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.is_contiguous() && gathered.size(0) >= 1 && gathered.size(1) == payload_bytes(layout),
+                    op, ": expected gathered to be contiguous [world_size, ", payload_bytes(layout), "], got ", gathered.sizes());
   const auto* bytes = gathered.const_data_ptr<uint8_t>();
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(bytes) % alignof(float) == 0, op, ": expected gathered to be aligned to 4 bytes; clone() it");
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(bytes) % alignof(float) == 0, op,
+                    ": expected gathered to be aligned to 4 bytes; clone() it");
   const std::string problem = check_gathered(layout, bytes, gathered.size(0), step);
   TORCH_CHECK_VALUE(problem.empty(), op, ": ", problem, "; the bucket is unchanged");
   const DecodeApplyArguments arguments{bytes, gathered.size(0), bucket.mutable_data_ptr(), gradient_type(bucket)};
@@ -99,9 +112,11 @@ void restore_cpu(at::Tensor& residual, const at::Tensor& payload, at::IntArrayRe
   check_flat(op, "residual", residual, layout.numel);
   check_type(op, "residual", residual, at::kFloat);
   check_type(op, "payload", payload, at::kByte);
-  TORCH_CHECK_VALUE(payload.dim() == 1 && payload.is_contiguous() && payload.numel() == payload_bytes(layout), op, ": expected payload to be flat and contiguous with ", payload_bytes(layout), " bytes, got ", payload.sizes());
+  TORCH_CHECK_VALUE(payload.dim() == 1 && payload.is_contiguous() && payload.numel() == payload_bytes(layout), op,
+                    ": expected payload to be flat and contiguous with ", payload_bytes(layout), " bytes, got ", payload.sizes());
   const auto* bytes = payload.const_data_ptr<uint8_t>();
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(bytes) % alignof(float) == 0, op, ": expected payload to be aligned to 4 bytes; clone() it");
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(bytes) % alignof(float) == 0, op,
+                    ": expected payload to be aligned to 4 bytes; clone() it");
   const PayloadHeader header = read_header(bytes);
   const std::string problem = check_payload(layout, bytes, header.rank, header.world_size, header.step); // its own rank, whichever that is
   TORCH_CHECK_VALUE(problem.empty(), op, ": the payload does not fit the layout (", problem, "); the residual is unchanged");
@@ -111,8 +126,12 @@ void restore_cpu(at::Tensor& residual, const at::Tensor& payload, at::IntArrayRe
 } // namespace
 
 TORCH_LIBRARY(compressed_ddp, m) {
-  m.def("compensate_select_(Tensor gradient, Tensor(a!) residual, SymInt[] segments, int[] groups, SymInt[] k, *, bool error_feedback=True) -> (Tensor values, Tensor indices, Tensor statistics)");
-  m.def("encode(Tensor values, Tensor indices, Tensor gradient, SymInt[] segments, int[] groups, SymInt[] k, *, int rank, int world_size, int step=0, bool non_finite=False) -> Tensor");
+  m.def(
+      "compensate_select_(Tensor gradient, Tensor(a!) residual, SymInt[] segments, int[] groups, SymInt[] k, *, bool error_feedback=True) "
+      "-> (Tensor values, Tensor indices, Tensor statistics)");
+  m.def(
+      "encode(Tensor values, Tensor indices, Tensor gradient, SymInt[] segments, int[] groups, SymInt[] k, *, int rank, int world_size, "
+      "int step=0, bool non_finite=False) -> Tensor");
   m.def("decode_apply_(Tensor(a!) bucket, Tensor gathered, SymInt[] segments, int[] groups, SymInt[] k, *, int step=0) -> ()");
   m.def("restore_(Tensor(a!) residual, Tensor payload, SymInt[] segments, int[] groups, SymInt[] k) -> ()");
 }

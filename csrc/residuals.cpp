@@ -49,7 +49,9 @@ void ResidualStore::bind(const std::vector<NamedParameter>& parameters) {
       const EntryPtr entry = find_parameter(item.parameter);
       same = same && entry != nullptr && entry->name == item.name;
     }
-    TORCH_CHECK_VALUE(same, "TopKEFState: this state already serves another model: one state serves one model, because its residuals belong to that model's parameters; create a second TopKEFState");
+    TORCH_CHECK_VALUE(same,
+                      "TopKEFState: this state already serves another model: one state serves one model, because its residuals belong to "
+                      "that model's parameters; create a second TopKEFState");
     return;
   }
   for (const NamedParameter& item : parameters) TORCH_CHECK_VALUE(!item.name.empty(), "TopKEFState: a parameter has an empty name");
@@ -57,7 +59,8 @@ void ResidualStore::bind(const std::vector<NamedParameter>& parameters) {
   std::unordered_map<const c10::TensorImpl*, const NamedParameter*> named;
   for (const NamedParameter& item : parameters) named.emplace(item.parameter.unsafeGetTensorImpl(), &item);
   for (const auto& [impl, entry] : by_parameter_)
-    TORCH_CHECK_VALUE(named.contains(impl), "TopKEFState: this state already serves another model: a parameter of shape ", shape_text(entry->sizes), " that it has compressed is not among the named parameters; create a second TopKEFState");
+    TORCH_CHECK_VALUE(named.contains(impl), "TopKEFState: this state already serves another model: a parameter of shape ",
+                      shape_text(entry->sizes), " that it has compressed is not among the named parameters; create a second TopKEFState");
   for (const NamedParameter& item : parameters) {
     EntryPtr& entry = by_parameter_[item.parameter.unsafeGetTensorImpl()];
     if (entry == nullptr) entry = make_entry(item.parameter);
@@ -77,18 +80,24 @@ EntryPtr ResidualStore::find_parameter(const at::Tensor& parameter) const {
 
 EntryPtr ResidualStore::of_parameter(const at::Tensor& parameter) {
   if (EntryPtr entry = find_parameter(parameter)) return entry;
-  TORCH_CHECK_VALUE(!bound_, "TopKEFState: a parameter of shape ", shape_text(parameter.sizes()), " is not among the parameters that this state is bound to: one state serves one model; create a second TopKEFState, or bind the state to the model that is trained");
+  TORCH_CHECK_VALUE(!bound_, "TopKEFState: a parameter of shape ", shape_text(parameter.sizes()),
+                    " is not among the parameters that this state is bound to: one state serves one model; create a second TopKEFState, or "
+                    "bind the state to the model that is trained");
   return by_parameter_.emplace(parameter.unsafeGetTensorImpl(), make_entry(parameter)).first->second;
 }
 
-EntryPtr ResidualStore::of_name(const std::string& name, const std::vector<int64_t>& sizes, const std::vector<int64_t>& segment_numels, bool exempt) {
+EntryPtr ResidualStore::of_name(const std::string& name, const std::vector<int64_t>& sizes, const std::vector<int64_t>& segment_numels,
+                                bool exempt) {
   TORCH_CHECK_VALUE(!name.empty(), "all_reduce_: expected a non-empty name, which identifies the tensor's residual from step to step");
   const auto found = by_name_.find(name);
   if (found != by_name_.end()) {
     const EntryPtr& entry = found->second;
-    TORCH_CHECK_VALUE(!entry->parameter.has_value(), "all_reduce_: the name '", name, "' belongs to a parameter of the bound model; use another name");
-    TORCH_CHECK_VALUE(entry->sizes == sizes && entry->segment_numels == segment_numels, "all_reduce_: the name '", name, "' stands for a tensor of shape ", shape_text(entry->sizes), " in ", entry->segment_numels.size(),
-                      " segments, but now has shape ", shape_text(sizes), " in ", segment_numels.size(), " segments; use another name, or state.reset()");
+    TORCH_CHECK_VALUE(!entry->parameter.has_value(), "all_reduce_: the name '", name,
+                      "' belongs to a parameter of the bound model; use another name");
+    TORCH_CHECK_VALUE(entry->sizes == sizes && entry->segment_numels == segment_numels, "all_reduce_: the name '", name,
+                      "' stands for a tensor of shape ", shape_text(entry->sizes), " in ", entry->segment_numels.size(),
+                      " segments, but now has shape ", shape_text(sizes), " in ", segment_numels.size(),
+                      " segments; use another name, or state.reset()");
     return entry;
   }
   auto entry = std::make_shared<Entry>();
@@ -110,7 +119,8 @@ void ResidualStore::ensure_residual(Entry& entry) {
 void ResidualStore::take_waiting(Entry& entry) {
   const auto found = waiting_.find(entry.name);
   if (found == waiting_.end()) return;
-  TORCH_CHECK_VALUE(found->second.sizes() == c10::IntArrayRef(entry.sizes), "TopKEFState.load_state_dict: the residual of '", entry.name, "' has shape ", shape_text(found->second.sizes()), " but the parameter has shape ", shape_text(entry.sizes),
+  TORCH_CHECK_VALUE(found->second.sizes() == c10::IntArrayRef(entry.sizes), "TopKEFState.load_state_dict: the residual of '", entry.name,
+                    "' has shape ", shape_text(found->second.sizes()), " but the parameter has shape ", shape_text(entry.sizes),
                     "; load a state of the same model");
   ensure_residual(entry);
   entry.shaped_residual().copy_(found->second);
@@ -119,7 +129,9 @@ void ResidualStore::take_waiting(Entry& entry) {
 
 std::vector<std::pair<std::string, at::Tensor>> ResidualStore::export_residuals() const {
   for (const auto& [impl, entry] : by_parameter_)
-    TORCH_CHECK_VALUE(!entry->residual.defined() || !entry->name.empty(), "TopKEFState.state_dict: the parameters have no names yet, and residuals are saved by name; call state.bind(model), or pass named_parameters=model.named_parameters()");
+    TORCH_CHECK_VALUE(!entry->residual.defined() || !entry->name.empty(),
+                      "TopKEFState.state_dict: the parameters have no names yet, and residuals are saved by name; call state.bind(model), "
+                      "or pass named_parameters=model.named_parameters()");
   std::vector<std::pair<std::string, at::Tensor>> residuals;
   for (const auto& [name, entry] : by_name_)
     if (entry->residual.defined()) residuals.emplace_back(name, entry->shaped_residual().clone(at::MemoryFormat::Contiguous));
@@ -129,13 +141,18 @@ std::vector<std::pair<std::string, at::Tensor>> ResidualStore::export_residuals(
 
 void ResidualStore::import_residuals(const std::vector<std::pair<std::string, at::Tensor>>& residuals) {
   for (const auto& [name, residual] : residuals) {
-    TORCH_CHECK_VALUE(residual.scalar_type() == at::kFloat, "TopKEFState.load_state_dict: expected the residual of '", name, "' as float32, got ", residual.scalar_type());
+    TORCH_CHECK_VALUE(residual.scalar_type() == at::kFloat, "TopKEFState.load_state_dict: expected the residual of '", name,
+                      "' as float32, got ", residual.scalar_type());
     const auto found = by_name_.find(name);
-    TORCH_CHECK_VALUE(found == by_name_.end() || residual.sizes() == c10::IntArrayRef(found->second->sizes), "TopKEFState.load_state_dict: the residual of '", name, "' has shape ", shape_text(residual.sizes()), " but the parameter has shape ",
-                      shape_text(found == by_name_.end() ? c10::IntArrayRef() : c10::IntArrayRef(found->second->sizes)), "; load a state of the same model");
+    TORCH_CHECK_VALUE(found == by_name_.end() || residual.sizes() == c10::IntArrayRef(found->second->sizes),
+                      "TopKEFState.load_state_dict: the residual of '", name, "' has shape ", shape_text(residual.sizes()),
+                      " but the parameter has shape ",
+                      shape_text(found == by_name_.end() ? c10::IntArrayRef() : c10::IntArrayRef(found->second->sizes)),
+                      "; load a state of the same model");
   }
   reset();
-  for (const auto& [name, residual] : residuals) waiting_.insert_or_assign(name, residual.detach().to(at::kCPU).clone(at::MemoryFormat::Contiguous));
+  for (const auto& [name, residual] : residuals)
+    waiting_.insert_or_assign(name, residual.detach().to(at::kCPU).clone(at::MemoryFormat::Contiguous));
   for (auto& [name, entry] : by_name_) take_waiting(*entry);
 }
 

@@ -17,10 +17,10 @@ namespace compressed_ddp {
 
 // One parameter, or one name given to all_reduce_.
 struct Entry {
-  std::string name;                                             // empty until names are known
+  std::string name;                                                  // empty until names are known
   std::optional<c10::weak_intrusive_ptr<c10::TensorImpl>> parameter; // keeps the address from being reused, not the memory alive
   std::vector<int64_t> sizes;
-  std::vector<int64_t> strides;       // of `sizes`, in bucket memory
+  std::vector<int64_t> strides; // of `sizes`, in bucket memory
   int64_t numel = 0;
   std::vector<int64_t> segment_numels; // what is selected from separately: one for a parameter
   bool exempt = false;                 // by the user's rule

@@ -25,7 +25,8 @@ std::string check_indices(const Layout& layout, const int32_t* indices) {
     const int64_t first_index = layout.segments[static_cast<size_t>(group.first_segment)].offset;
     const int64_t last_index = last.offset + last.numel - 1;
     if (!ascending_within(indices + group.entry_offset, group.k, first_index, last_index))
-      return "the indices of group " + std::to_string(g) + " are not strictly ascending in [" + std::to_string(first_index) + ", " + std::to_string(last_index) + "]";
+      return "the indices of group " + std::to_string(g) + " are not strictly ascending in [" + std::to_string(first_index) + ", " +
+             std::to_string(last_index) + "]";
   }
   return {};
 }
@@ -33,8 +34,17 @@ std::string check_indices(const Layout& layout, const int32_t* indices) {
 } // namespace
 
 PayloadHeader make_header(const Layout& layout, uint32_t rank, uint32_t world_size, int64_t step, bool non_finite) {
-  return {kPayloadMagic,          kWireVersion,       non_finite ? kFlagNonFinite : uint16_t{0}, rank, world_size, layout.hash, step, layout.numel,
-          layout.selected_numel, layout.dense_numel, payload_bytes(layout)};
+  return {kPayloadMagic,
+          kWireVersion,
+          non_finite ? kFlagNonFinite : uint16_t{0},
+          rank,
+          world_size,
+          layout.hash,
+          step,
+          layout.numel,
+          layout.selected_numel,
+          layout.dense_numel,
+          payload_bytes(layout)};
 }
 
 PayloadHeader read_header(const uint8_t* payload) {
@@ -46,7 +56,8 @@ PayloadHeader read_header(const uint8_t* payload) {
 std::string check_payload(const Layout& layout, const uint8_t* payload, uint32_t rank, uint32_t world_size, int64_t step) {
   const PayloadHeader got = read_header(payload);
   if (got.magic != kPayloadMagic) return differs("magic", kPayloadMagic, got.magic);
-  if (got.version != kWireVersion) return differs("wire format version", kWireVersion, got.version) + "; install the same compressed_ddp on every rank";
+  if (got.version != kWireVersion)
+    return differs("wire format version", kWireVersion, got.version) + "; install the same compressed_ddp on every rank";
   if (got.world_size != world_size) return differs("world_size", world_size, got.world_size);
   if (got.rank != rank) return differs("rank", rank, got.rank);
   if (got.step != step) return differs("step", step, got.step);

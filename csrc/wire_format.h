@@ -49,9 +49,15 @@ inline int64_t payload_bytes(const Layout& layout) {
   return (used_bytes + kPayloadAlignment - 1) / kPayloadAlignment * kPayloadAlignment;
 }
 
-inline const int32_t* payload_indices(const Layout&, const uint8_t* payload) { return reinterpret_cast<const int32_t*>(payload + indices_offset_bytes()); }
-inline const float* payload_values(const Layout& layout, const uint8_t* payload) { return reinterpret_cast<const float*>(payload + values_offset_bytes(layout)); }
-inline const float* payload_dense(const Layout& layout, const uint8_t* payload) { return reinterpret_cast<const float*>(payload + dense_offset_bytes(layout)); }
+inline const int32_t* payload_indices(const Layout&, const uint8_t* payload) {
+  return reinterpret_cast<const int32_t*>(payload + indices_offset_bytes());
+}
+inline const float* payload_values(const Layout& layout, const uint8_t* payload) {
+  return reinterpret_cast<const float*>(payload + values_offset_bytes(layout));
+}
+inline const float* payload_dense(const Layout& layout, const uint8_t* payload) {
+  return reinterpret_cast<const float*>(payload + dense_offset_bytes(layout));
+}
 
 // The header that rank `rank` writes for `layout` at `step`.
 PayloadHeader make_header(const Layout& layout, uint32_t rank, uint32_t world_size, int64_t step, bool non_finite);

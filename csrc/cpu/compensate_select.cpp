@@ -28,9 +28,12 @@ uint32_t select_key(std::vector<uint32_t>& keys, int64_t rank) {
 template <typename Function>
 auto with_gradient_type(GradientType type, Function&& function) {
   switch (type) {
-    case GradientType::kFloat32: return function(float{});
-    case GradientType::kFloat16: return function(Float16{});
-    default: return function(BFloat16{});
+    case GradientType::kFloat32:
+      return function(float{});
+    case GradientType::kFloat16:
+      return function(Float16{});
+    default:
+      return function(BFloat16{});
   }
 }
 
@@ -95,14 +98,18 @@ int32_t* CompensateSelect::candidate_indices(int64_t block) const { return scrat
 FilterArguments CompensateSelect::filter_arguments(int64_t index) const {
   const Block& block = blocks_[static_cast<size_t>(index)];
   const auto* gradient = static_cast<const uint8_t*>(arguments_.gradient) + block.offset * element_bytes(arguments_.type);
-  return {gradient, residual_of(block), block.numel, groups_[static_cast<size_t>(block.group)].low_key, candidate_values(index), candidate_indices(index)};
+  return {gradient,
+          residual_of(block),
+          block.numel,
+          groups_[static_cast<size_t>(block.group)].low_key,
+          candidate_values(index),
+          candidate_indices(index)};
 }
 
 float CompensateSelect::acc_at(const Block& block, int64_t i) const {
   if (block.unused) return 0;
-  const float gradient = with_gradient_type(arguments_.type, [&](auto type) {
-    return to_float(static_cast<const decltype(type)*>(arguments_.gradient)[block.offset + i]);
-  });
+  const float gradient = with_gradient_type(
+      arguments_.type, [&](auto type) { return to_float(static_cast<const decltype(type)*>(arguments_.gradient)[block.offset + i]); });
   const float* residual = residual_of(block);
   return residual == nullptr ? gradient : gradient + residual[i];
 }
@@ -226,9 +233,9 @@ void CompensateSelect::filter_again(GroupState& group) {
 
 // Exact key of rank k among the candidates, and how many of those equal to it are to be taken.
 void CompensateSelect::set_threshold(GroupState& group, int64_t num_candidates) {
-  constexpr int64_t kSmall = 4096;    // below: copy and select at once
-  constexpr int kBins = 4096;         // 16 KiB: stays in the first-level cache
-  constexpr int kBinShift = 13;       // 4096 bins of 2^13 keys cover the four octaves above the low key, where nearly all candidates lie
+  constexpr int64_t kSmall = 4096; // below: copy and select at once
+  constexpr int kBins = 4096;      // 16 KiB: stays in the first-level cache
+  constexpr int kBinShift = 13;    // 4096 bins of 2^13 keys cover the four octaves above the low key, where nearly all candidates lie
   std::vector<uint32_t> keys;
   int64_t rank = group.k - 1; // counted from the largest
   const auto for_each_key = [&](auto&& function) {

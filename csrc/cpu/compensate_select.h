@@ -27,19 +27,19 @@ namespace compressed_ddp {
 
 // What one call works on. Pointers may change from call to call; the layout may not.
 struct CompensateSelectArguments {
-  const void* gradient;        // [numel] flat bucket
+  const void* gradient; // [numel] flat bucket
   GradientType type;
-  float* const* residuals;     // per segment: [segment numel], ignored for dense segments; nullptr = no error feedback
-  const uint8_t* unused;       // per segment: 1 = this rank has no gradient there, treat acc as 0 and leave the residual alone; or nullptr
-  int32_t* indices;            // out [selected_numel]
-  float* values;               // out [selected_numel]
+  float* const* residuals; // per segment: [segment numel], ignored for dense segments; nullptr = no error feedback
+  const uint8_t* unused;   // per segment: 1 = this rank has no gradient there, treat acc as 0 and leave the residual alone; or nullptr
+  int32_t* indices;        // out [selected_numel]
+  float* values;           // out [selected_numel]
 };
 
 struct CompensateSelectStatistics { // over the compressed segments; summed block by block in bucket order
-  double gradient_sq = 0; // |gradient|^2
-  double residual_sq = 0; // |acc - sent|^2, whether or not it is kept
-  double sent_sq = 0;     // |sent|^2 of the finite entries
-  int64_t non_finite = 0; // entries whose acc is Inf or NaN
+  double gradient_sq = 0;           // |gradient|^2
+  double residual_sq = 0;           // |acc - sent|^2, whether or not it is kept
+  double sent_sq = 0;               // |sent|^2 of the finite entries
+  int64_t non_finite = 0;           // entries whose acc is Inf or NaN
 };
 
 // The plan for one layout and the scratch of one call. Not thread-safe; phases are called in the order of `compensate_select`.
@@ -51,12 +51,12 @@ class CompensateSelect {
   int64_t num_blocks() const { return static_cast<int64_t>(blocks_.size()); }
 
   void begin(const CompensateSelectArguments& arguments);
-  void guess_groups(int64_t begin, int64_t end);   // parallel over groups
-  void filter_blocks(int64_t begin, int64_t end);  // parallel over blocks
-  void refine_groups(int64_t begin, int64_t end);  // parallel over groups
-  void count_blocks(int64_t begin, int64_t end);   // parallel over blocks
-  void place_blocks();                             // serial: output position of every block
-  void emit_blocks(int64_t begin, int64_t end);    // parallel over blocks
+  void guess_groups(int64_t begin, int64_t end);  // parallel over groups
+  void filter_blocks(int64_t begin, int64_t end); // parallel over blocks
+  void refine_groups(int64_t begin, int64_t end); // parallel over groups
+  void count_blocks(int64_t begin, int64_t end);  // parallel over blocks
+  void place_blocks();                            // serial: output position of every block
+  void emit_blocks(int64_t begin, int64_t end);   // parallel over blocks
   CompensateSelectStatistics statistics() const;
 
   // Candidates are scratch: all plans of one engine share it, since selections never overlap in time.
@@ -68,19 +68,19 @@ class CompensateSelect {
   void use_scratch(Scratch& scratch) { scratch_ = &scratch; }
 
  private:
-  struct Block { // at most kBlockNumel entries of one segment
+  struct Block {            // at most kBlockNumel entries of one segment
     int64_t offset;         // in the bucket
     int64_t segment_offset; // in its segment
     int32_t numel;
     int32_t segment;
     int32_t group;
     bool unused = false;
-    FilterResult filtered;  // of this call
-    int64_t greater = 0;    // candidates above the threshold
-    int64_t equal = 0;      // candidates at it
-    int64_t zeros = 0;      // zero entries taken because the group has fewer than k non-zero ones
-    int64_t out = 0;        // where its first selected entry goes
-    int64_t ties = 0;       // of `equal`, how many are selected
+    FilterResult filtered; // of this call
+    int64_t greater = 0;   // candidates above the threshold
+    int64_t equal = 0;     // candidates at it
+    int64_t zeros = 0;     // zero entries taken because the group has fewer than k non-zero ones
+    int64_t out = 0;       // where its first selected entry goes
+    int64_t ties = 0;      // of `equal`, how many are selected
     double sent_sq = 0;
     double rejected_sq = 0;
   };
@@ -116,7 +116,8 @@ int64_t sample_position(int64_t line, int64_t num_lines, int64_t numel);
 
 // Runs all phases. parallel_for(count, function(begin, end)) covers [0, count) with disjoint ranges, in any order.
 template <typename ParallelFor>
-CompensateSelectStatistics compensate_select(CompensateSelect& plan, const CompensateSelectArguments& arguments, ParallelFor&& parallel_for) {
+CompensateSelectStatistics compensate_select(CompensateSelect& plan, const CompensateSelectArguments& arguments,
+                                             ParallelFor&& parallel_for) {
   plan.begin(arguments);
   parallel_for(plan.num_groups(), [&](int64_t begin, int64_t end) { plan.guess_groups(begin, end); });
   parallel_for(plan.num_blocks(), [&](int64_t begin, int64_t end) { plan.filter_blocks(begin, end); });

@@ -47,9 +47,12 @@ struct FilterKernels { // [GradientType][FilterSource]
 // Fills the table from a class template with a static member `run`.
 template <template <typename, FilterSource> class Kernel>
 constexpr FilterKernels make_filter_kernels(const char* name) {
-  return {{{&Kernel<float, FilterSource::kCompensate>::run, &Kernel<float, FilterSource::kGradient>::run, &Kernel<float, FilterSource::kResidual>::run},
-           {&Kernel<Float16, FilterSource::kCompensate>::run, &Kernel<Float16, FilterSource::kGradient>::run, &Kernel<Float16, FilterSource::kResidual>::run},
-           {&Kernel<BFloat16, FilterSource::kCompensate>::run, &Kernel<BFloat16, FilterSource::kGradient>::run, &Kernel<BFloat16, FilterSource::kResidual>::run}},
+  return {{{&Kernel<float, FilterSource::kCompensate>::run, &Kernel<float, FilterSource::kGradient>::run,
+            &Kernel<float, FilterSource::kResidual>::run},
+           {&Kernel<Float16, FilterSource::kCompensate>::run, &Kernel<Float16, FilterSource::kGradient>::run,
+            &Kernel<Float16, FilterSource::kResidual>::run},
+           {&Kernel<BFloat16, FilterSource::kCompensate>::run, &Kernel<BFloat16, FilterSource::kGradient>::run,
+            &Kernel<BFloat16, FilterSource::kResidual>::run}},
           name};
 }
 

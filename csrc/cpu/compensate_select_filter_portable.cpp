@@ -18,9 +18,10 @@ const FilterKernels kPortableFilter = make_filter_kernels<Portable>("portable");
 
 const FilterKernels& best_filter() {
 #if COMPRESSED_DDP_X86
-  static const FilterKernels& best = [] () -> const FilterKernels& {
+  static const FilterKernels& best = []() -> const FilterKernels& {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
       return kAvx512Filter;
     // F16C came before AVX2 on every x86-64 processor; g++ 12 has no name for it in __builtin_cpu_supports.
     if (__builtin_cpu_supports("avx2")) return kAvx2Filter;

@@ -62,7 +62,9 @@ void decode_apply_typed(const Layout& layout, const DecodeApplyArguments& a, int
   }
   std::vector<const Segment*> dense; // segments from the first tile on
   for (const Segment& segment : layout.segments)
-    if (segment.group == kDenseGroup && segment.numel > 0 && segment.offset + segment.numel > begin * kTileNumel && segment.offset < end * kTileNumel) dense.push_back(&segment);
+    if (segment.group == kDenseGroup && segment.numel > 0 && segment.offset + segment.numel > begin * kTileNumel &&
+        segment.offset < end * kTileNumel)
+      dense.push_back(&segment);
 
   size_t first_dense = 0;
   alignas(64) float sums[kTileNumel] = {};
@@ -96,7 +98,8 @@ void decode_apply_typed(const Layout& layout, const DecodeApplyArguments& a, int
 
 std::string check_gathered(const Layout& layout, const uint8_t* gathered, int64_t world_size, int64_t step) {
   for (int64_t rank = 0; rank < world_size; ++rank) {
-    const std::string problem = check_payload(layout, gathered + rank * payload_bytes(layout), static_cast<uint32_t>(rank), static_cast<uint32_t>(world_size), step);
+    const std::string problem = check_payload(layout, gathered + rank * payload_bytes(layout), static_cast<uint32_t>(rank),
+                                              static_cast<uint32_t>(world_size), step);
     if (!problem.empty()) return "the payload of rank " + std::to_string(rank) + " is not what this rank expects (" + problem + ")";
   }
   return {};
@@ -112,18 +115,27 @@ int64_t num_decode_tiles(const Layout& layout) { return (layout.numel + kTileNum
 
 void decode_apply_tiles(const Layout& layout, const DecodeApplyArguments& arguments, int64_t begin, int64_t end) {
   switch (arguments.type) {
-    case GradientType::kFloat32: return decode_apply_typed<float>(layout, arguments, begin, end);
-    case GradientType::kFloat16: return decode_apply_typed<Float16>(layout, arguments, begin, end);
-    default: return decode_apply_typed<BFloat16>(layout, arguments, begin, end);
+    case GradientType::kFloat32:
+      return decode_apply_typed<float>(layout, arguments, begin, end);
+    case GradientType::kFloat16:
+      return decode_apply_typed<Float16>(layout, arguments, begin, end);
+    default:
+      return decode_apply_typed<BFloat16>(layout, arguments, begin, end);
   }
 }
 
 void fill_nan(const Layout& layout, void* bucket, GradientType type) {
   const auto count = static_cast<size_t>(layout.numel);
   switch (type) {
-    case GradientType::kFloat32: std::fill_n(static_cast<float*>(bucket), count, std::numeric_limits<float>::quiet_NaN()); break;
-    case GradientType::kFloat16: std::fill_n(static_cast<Float16*>(bucket), count, Float16{0x7e00}); break;
-    default: std::fill_n(static_cast<BFloat16*>(bucket), count, BFloat16{0x7fc0}); break;
+    case GradientType::kFloat32:
+      std::fill_n(static_cast<float*>(bucket), count, std::numeric_limits<float>::quiet_NaN());
+      break;
+    case GradientType::kFloat16:
+      std::fill_n(static_cast<Float16*>(bucket), count, Float16{0x7e00});
+      break;
+    default:
+      std::fill_n(static_cast<BFloat16*>(bucket), count, BFloat16{0x7fc0});
+      break;
   }
 }
 

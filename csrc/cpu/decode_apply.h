@@ -20,7 +20,7 @@ namespace compressed_ddp {
 struct DecodeApplyArguments {
   const uint8_t* gathered; // [world_size, payload_bytes(layout)], checked by check_gathered
   int64_t world_size;
-  void* bucket;            // [numel] of `type`, written
+  void* bucket; // [numel] of `type`, written
   GradientType type;
 };
 

@@ -35,9 +35,12 @@ EncodeStatistics copy_dense(const Layout& layout, const gradient_t* gradient, co
 EncodeStatistics encode_dense(const Layout& layout, const void* gradient, GradientType type, const uint8_t* unused, uint8_t* payload) {
   float* dense = reinterpret_cast<float*>(payload + dense_offset_bytes(layout));
   switch (type) {
-    case GradientType::kFloat32: return copy_dense(layout, static_cast<const float*>(gradient), unused, dense);
-    case GradientType::kFloat16: return copy_dense(layout, static_cast<const Float16*>(gradient), unused, dense);
-    default: return copy_dense(layout, static_cast<const BFloat16*>(gradient), unused, dense);
+    case GradientType::kFloat32:
+      return copy_dense(layout, static_cast<const float*>(gradient), unused, dense);
+    case GradientType::kFloat16:
+      return copy_dense(layout, static_cast<const Float16*>(gradient), unused, dense);
+    default:
+      return copy_dense(layout, static_cast<const BFloat16*>(gradient), unused, dense);
   }
 }
 

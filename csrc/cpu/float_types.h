@@ -11,8 +11,12 @@ enum class GradientType : uint8_t { kFloat32, kFloat16, kBFloat16 };
 inline constexpr int64_t element_bytes(GradientType type) { return type == GradientType::kFloat32 ? 4 : 2; }
 
 // Distinct C++ types for the two 16-bit formats, so that templates choose the conversion.
-struct Float16 { uint16_t bits; };
-struct BFloat16 { uint16_t bits; };
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
 
 inline float to_float(float x) { return x; }
 
@@ -52,7 +56,7 @@ inline void from_float(float value, Float16& out) {
     out.bits = static_cast<uint16_t>(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
   } else if (magnitude >= 0x477ff000u) { // 65520: the first fp32 that rounds beyond 65504
     out.bits = static_cast<uint16_t>(sign | 0x7c00u);
-  } else if (magnitude < 0x38800000u) { // below 2^-14: the fp32 adder does the rounding to a multiple of 2^-24
+  } else if (magnitude < 0x38800000u) {                           // below 2^-14: the fp32 adder does the rounding to a multiple of 2^-24
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f; // ulp(0.5) = 2^-24
     out.bits = static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(0.5f)));
   } else {

@@ -30,7 +30,12 @@ class Engine:
     def is_bound(self) -> bool: ...
     def reduce_bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]: ...
     def reduce_named(
-        self, buffer: torch.Tensor, result: torch.Tensor, name: str, segments: list[int], exempt: bool
+        self,
+        buffer: torch.Tensor,
+        result: torch.Tensor,
+        name: str,
+        segments: list[int],
+        exempt: bool,
     ) -> torch.futures.Future[torch.Tensor]: ...
     def reduce_parameters(
         self, buffer: torch.Tensor, parameters: list[torch.Tensor], unused: list[bool]

@@ -1,12 +1,12 @@
 """Send about 1 % of the gradients: exact Top-K sparsification with error feedback for DDP.
 
-    model = DistributedDataParallel(net)
-    state = TopKEFState(density=0.01)
-    model.register_comm_hook(state, topk_ef_hook)
+model = DistributedDataParallel(net)
+state = TopKEFState(density=0.01)
+model.register_comm_hook(state, topk_ef_hook)
 """
 
 from . import ops as ops
-from ._build_info import PACKAGE_VERSION as __version__
+from ._build_info import PACKAGE_VERSION as __version__  # noqa: F401
 from .adam import adam_param_groups
 from .all_reduce import all_reduce_, all_reduce_gradients
 from .compressor import ErrorFeedbackBuffer, TopKCompressor

@@ -44,7 +44,9 @@ def all_reduce_(
             f"all_reduce_: expected segments to add up to the tensor's numel {tensor.numel()}, got {list(segments)}"
         )
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError("all_reduce_: expected a tensor without autograd history; pass tensor.detach() or use torch.no_grad()")
+        raise ValueError(
+            "all_reduce_: expected a tensor without autograd history; pass tensor.detach() or use torch.no_grad()"
+        )
     flat = tensor.reshape(-1)  # a view where it can be one, else a row-major copy
     is_view = flat.data_ptr() == tensor.data_ptr()
     future = state._engine_with_process_group().reduce_named(
@@ -81,13 +83,19 @@ def all_reduce_gradients(
         ValueError: other parameters than before, or a gradient of another dtype, device or layout.
         RuntimeError: the ranks disagree, or an exchange failed; no residual has lost anything, but some gradients may be averaged already.
     """
-    named = [(_strip_wrappers(name), parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    named = [
+        (_strip_wrappers(name), parameter)
+        for name, parameter in named_parameters
+        if parameter.requires_grad
+    ]
     if not named:
         return
     for name, parameter in named:
         gradient = parameter.grad
         if gradient is not None and (
-            gradient.is_sparse or gradient.dtype != parameter.dtype or gradient.device != parameter.device
+            gradient.is_sparse
+            or gradient.dtype != parameter.dtype
+            or gradient.device != parameter.device
         ):
             raise ValueError(
                 f"all_reduce_gradients: expected the gradient of '{name}' to be dense {parameter.dtype} on "
@@ -100,7 +108,8 @@ def all_reduce_gradients(
         numels = [parameter.numel() for parameter in parameters]
         flat = parameters[0].new_zeros(sum(numels) + len(parameters))
         views = [
-            _bucket_view(part, parameter) for part, parameter in zip(flat.split(numels + [1] * len(parameters)), parameters)
+            _bucket_view(part, parameter)
+            for part, parameter in zip(flat.split(numels + [1] * len(parameters)), parameters)
         ]
         present = flat[sum(numels) :]
         unused = []
@@ -109,7 +118,9 @@ def all_reduce_gradients(
             if parameter.grad is not None:
                 view.copy_(parameter.grad)
                 present[index] = 1
-        started.append((parameters, views, present, engine.reduce_parameters(flat, parameters, unused)))
+        started.append(
+            (parameters, views, present, engine.reduce_parameters(flat, parameters, unused))
+        )
     for parameters, views, present, future in started:
         future.wait()
         for view, parameter, is_present in zip(views, parameters, present.tolist()):
@@ -141,5 +152,11 @@ def _buckets(parameters: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 def _bucket_view(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A part of a bucket in the parameter's shape and memory order, as DDP's reducer lays it out (csrc/residuals.h)."""
     # preserve_format keeps the strides exactly when they are non-overlapping and dense.
-    strides = torch.empty_like(parameter, device="meta", memory_format=torch.preserve_format).stride()
-    return part.as_strided(parameter.shape, strides) if strides == parameter.stride() else part.view(parameter.shape)
+    strides = torch.empty_like(
+        parameter, device="meta", memory_format=torch.preserve_format
+    ).stride()
+    return (
+        part.as_strided(parameter.shape, strides)
+        if strides == parameter.stride()
+        else part.view(parameter.shape)
+    )

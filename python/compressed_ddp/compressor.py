@@ -26,7 +26,12 @@ class TopKCompressor:
         if not 0.0 < density <= 1.0:
             raise ValueError(f"TopKCompressor: density must be in (0, 1], got {density!r}")
         self.density = density
-        self.stats: dict[str, float] = {"calls": 0.0, "dense_bytes": 0.0, "compressed_bytes": 0.0, "time_ms": 0.0}
+        self.stats: dict[str, float] = {
+            "calls": 0.0,
+            "dense_bytes": 0.0,
+            "compressed_bytes": 0.0,
+            "time_ms": 0.0,
+        }
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
         """Returns (values float32 [k], indices int32 [k] into the row-major flat tensor, ascending; shape). `tensor`: float32,
@@ -56,9 +61,9 @@ class TopKCompressor:
 class ErrorFeedbackBuffer:
     """What was not sent, by name; added to the next gradient.
 
-        compensated = buffer.compensate("w", gradient)
-        values, indices, shape = compressor.compress(compensated)
-        buffer.update("w", compensated, compressor.decompress(values, indices, shape))
+    compensated = buffer.compensate("w", gradient)
+    values, indices, shape = compressor.compress(compensated)
+    buffer.update("w", compensated, compressor.decompress(values, indices, shape))
     """
 
     def __init__(self) -> None:
@@ -86,14 +91,23 @@ class ErrorFeedbackBuffer:
             )
         old = self._residuals.get(name, torch.zeros((), device=compensated.device))
         left = compensated.detach().float() - sent.detach().float()
-        self._residuals[name] = torch.where(torch.isfinite(compensated) & torch.isfinite(left), left, old)
+        self._residuals[name] = torch.where(
+            torch.isfinite(compensated) & torch.isfinite(left), left, old
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """{"version": 1, "residuals": {name: float32 tensor}}; copies."""
-        return {"version": 1, "residuals": {name: residual.clone() for name, residual in self._residuals.items()}}
+        return {
+            "version": 1,
+            "residuals": {name: residual.clone() for name, residual in self._residuals.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what `state_dict` returned; replaces everything."""
         if state_dict.get("version") != 1:
-            raise ValueError(f"ErrorFeedbackBuffer.load_state_dict: expected version 1, got {state_dict.get('version')!r}")
-        self._residuals = {name: residual.clone() for name, residual in state_dict["residuals"].items()}
+            raise ValueError(
+                f"ErrorFeedbackBuffer.load_state_dict: expected version 1, got {state_dict.get('version')!r}"
+            )
+        self._residuals = {
+            name: residual.clone() for name, residual in state_dict["residuals"].items()
+        }

@@ -10,9 +10,7 @@ from . import _native
 from .state import TopKEFState
 
 
-def topk_ef_hook(
-    state: TopKEFState, bucket: dist.GradBucket
-) -> torch.futures.Future[torch.Tensor]:
+def topk_ef_hook(state: TopKEFState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Averages one bucket over the ranks by Top-K with error feedback; for `model.register_comm_hook(state, topk_ef_hook)`.
 
     compensate_select_ -> encode -> exchange -> decode_apply_, started here and finished on a thread of the process group.

@@ -34,7 +34,9 @@ def _self_check() -> str:
             gradient = torch.randn(sum(segments), generator=generator)
             residual = torch.randn(sum(segments), generator=generator)
             values, indices, _ = stages.compensate_select_(gradient, residual, *layout)
-            payloads.append(stages.encode(values, indices, gradient, *layout, rank=rank, world_size=2))
+            payloads.append(
+                stages.encode(values, indices, gradient, *layout, rank=rank, world_size=2)
+            )
         bucket = torch.empty(sum(segments))
         stages.decode_apply_(bucket, torch.stack(payloads), *layout)
         results.append((payloads, bucket))
@@ -59,11 +61,28 @@ def main() -> int:
     works &= _probe("built against torch", lambda: _C.torch_version)
     works &= _probe("instruction set", lambda: _C.instruction_set)
     works &= _probe("wire format version", lambda: _C.wire_version)
-    _probe("engine", lambda: "CPU; buckets on other devices go through host memory (untested: macOS, Windows, MPS, XPU)")
+    _probe(
+        "engine",
+        lambda: (
+            "CPU; buckets on other devices go through host memory (untested: macOS, Windows, MPS, XPU)"
+        ),
+    )
     _probe("threads", torch.get_num_threads)
-    _probe("torch.distributed", lambda: "available" if torch.distributed.is_available() else "not available")
-    _probe("Gloo", lambda: "available" if torch.distributed.is_gloo_available() else "not available")
-    _probe("NCCL", lambda: ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "not available")
+    _probe(
+        "torch.distributed",
+        lambda: "available" if torch.distributed.is_available() else "not available",
+    )
+    _probe(
+        "Gloo", lambda: "available" if torch.distributed.is_gloo_available() else "not available"
+    )
+    _probe(
+        "NCCL",
+        lambda: (
+            ".".join(map(str, torch.cuda.nccl.version()))
+            if torch.distributed.is_nccl_available()
+            else "not available"
+        ),
+    )
     _probe("CUDA of torch", lambda: torch.version.cuda)
     _probe("CUDA devices", lambda: torch.cuda.device_count())
     works &= _probe("self check", _self_check)

@@ -76,13 +76,28 @@ def encode(
         uint8 [payload_bytes(segments, groups, k)].
     """
     payload: Tensor = _NAMESPACE.encode(
-        values, indices, gradient, segments, groups, k, rank=rank, world_size=world_size, step=step, non_finite=non_finite
+        values,
+        indices,
+        gradient,
+        segments,
+        groups,
+        k,
+        rank=rank,
+        world_size=world_size,
+        step=step,
+        non_finite=non_finite,
     )
     return payload
 
 
 def decode_apply_(
-    bucket: Tensor, gathered: Tensor, segments: Sequence[int], groups: Sequence[int], k: Sequence[int], *, step: int = 0
+    bucket: Tensor,
+    gathered: Tensor,
+    segments: Sequence[int],
+    groups: Sequence[int],
+    k: Sequence[int],
+    *,
+    step: int = 0,
 ) -> None:
     """The average of all ranks' payloads, written to the bucket in place.
 
@@ -100,7 +115,11 @@ def decode_apply_(
 
 
 def restore_(
-    residual: Tensor, payload: Tensor, segments: Sequence[int], groups: Sequence[int], k: Sequence[int]
+    residual: Tensor,
+    payload: Tensor,
+    segments: Sequence[int],
+    groups: Sequence[int],
+    k: Sequence[int],
 ) -> None:
     """Adds this rank's own payload back to the residual (finite entries only), in place: after a failed exchange or a skipped step.
 
@@ -125,7 +144,9 @@ def _(gradient, residual, segments, groups, k, *, error_feedback=True):  # type:
 
 
 @torch.library.register_fake("compressed_ddp::encode")
-def _(values, indices, gradient, segments, groups, k, *, rank, world_size, step=0, non_finite=False):  # type: ignore[no-untyped-def]
+def _(
+    values, indices, gradient, segments, groups, k, *, rank, world_size, step=0, non_finite=False
+):  # type: ignore[no-untyped-def]
     return gradient.new_empty(payload_bytes(segments, groups, k), dtype=torch.uint8)
 
 

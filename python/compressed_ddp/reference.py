@@ -34,13 +34,17 @@ def compensate_select_(
     key = torch.where(torch.isnan(acc), 0x7FFFFFFF, key)
     chosen, members = [], []
     for positions, group_k in zip(_group_positions(segments, groups, gradient.device), k):
-        by_magnitude = torch.sort(key[positions], descending=True, stable=True).indices  # stable: ties -> lower index
+        by_magnitude = torch.sort(
+            key[positions], descending=True, stable=True
+        ).indices  # stable: ties -> lower index
         chosen.append(positions[by_magnitude[:group_k]].sort().values)
         members.append(positions)
     nothing = torch.empty(0, dtype=torch.int64, device=gradient.device)
     index = torch.cat(chosen) if chosen else nothing
     member = torch.cat(members) if members else nothing
-    values = torch.where(torch.isnan(acc[index]), torch.nan, acc[index])  # every NaN is written as 0x7fc00000
+    values = torch.where(
+        torch.isnan(acc[index]), torch.nan, acc[index]
+    )  # every NaN is written as 0x7fc00000
     kept = torch.where(finite, acc, 0.0)
     kept[index] = 0.0
     if error_feedback:
@@ -67,24 +71,45 @@ def encode(
     non_finite: bool = False,
 ) -> Tensor:
     """Header, indices, values, dense segments, padding: one uint8 tensor of a size known from (segments, groups, k)."""
-    dense = torch.cat([gradient.new_zeros(0), *(gradient[at] for at in _dense_slices(segments, groups))]).float()
+    dense = torch.cat(
+        [gradient.new_zeros(0), *(gradient[at] for at in _dense_slices(segments, groups))]
+    ).float()
     flags = _NON_FINITE if non_finite or not torch.isfinite(dense).all() else 0
     fields = (rank, world_size, *_layout_fields(segments, groups, k, step))
-    header = torch.frombuffer(bytearray(_HEADER.pack(_MAGIC, _VERSION, flags, *fields)), dtype=torch.uint8)
-    parts = [header.to(gradient.device), *(part.contiguous().view(torch.uint8) for part in (indices, values, dense))]
+    header = torch.frombuffer(
+        bytearray(_HEADER.pack(_MAGIC, _VERSION, flags, *fields)), dtype=torch.uint8
+    )
+    parts = [
+        header.to(gradient.device),
+        *(part.contiguous().view(torch.uint8) for part in (indices, values, dense)),
+    ]
     padding = payload_bytes(segments, groups, k) - sum(part.numel() for part in parts)
     return torch.cat([*parts, header.new_zeros(padding, device=gradient.device)])
 
 
 def decode_apply_(
-    bucket: Tensor, gathered: Tensor, segments: Sequence[int], groups: Sequence[int], k: Sequence[int], *, step: int = 0
+    bucket: Tensor,
+    gathered: Tensor,
+    segments: Sequence[int],
+    groups: Sequence[int],
+    k: Sequence[int],
+    *,
+    step: int = 0,
 ) -> None:
     """bucket = (what rank 0 sent + what rank 1 sent + ..) * fp32(1 / world_size), in rank order; NaN if any rank was non-finite."""
     world_size = gathered.shape[0]
     headers = [_HEADER.unpack(bytes(payload[: _HEADER.size].tolist())) for payload in gathered]
     for rank, (magic, version, _, *fields) in enumerate(headers):
-        if (magic, version, *fields) != (_MAGIC, _VERSION, rank, world_size, *_layout_fields(segments, groups, k, step)):
-            raise ValueError(f"decode_apply_: the payload of rank {rank} is not what this rank expects; the bucket is unchanged")
+        if (magic, version, *fields) != (
+            _MAGIC,
+            _VERSION,
+            rank,
+            world_size,
+            *_layout_fields(segments, groups, k, step),
+        ):
+            raise ValueError(
+                f"decode_apply_: the payload of rank {rank} is not what this rank expects; the bucket is unchanged"
+            )
     if any(flags & _NON_FINITE for _, _, flags, *_ in headers):
         bucket.fill_(torch.nan)
         return
@@ -99,7 +124,11 @@ def decode_apply_(
 
 
 def restore_(
-    residual: Tensor, payload: Tensor, segments: Sequence[int], groups: Sequence[int], k: Sequence[int]
+    residual: Tensor,
+    payload: Tensor,
+    segments: Sequence[int],
+    groups: Sequence[int],
+    k: Sequence[int],
 ) -> None:
     """Puts this rank's own payload back: after a failed exchange or a skipped step nothing is lost."""
     indices, values, _ = _sections(payload, segments, groups, k)
@@ -120,7 +149,17 @@ def average(
         values, indices, statistics = compensate_select_(gradient, residual, segments, groups, k)
         layout = (segments, groups, k)
         non_finite = bool(statistics[3] > 0)
-        payloads.append(encode(values, indices, gradient, *layout, rank=rank, world_size=len(gradients), non_finite=non_finite))
+        payloads.append(
+            encode(
+                values,
+                indices,
+                gradient,
+                *layout,
+                rank=rank,
+                world_size=len(gradients),
+                non_finite=non_finite,
+            )
+        )
     bucket = torch.empty_like(gradients[0])
     decode_apply_(bucket, torch.stack(payloads), segments, groups, k)
     return bucket
@@ -147,7 +186,9 @@ def _dense_slices(segments: Sequence[int], groups: Sequence[int]) -> list[slice]
     return [at for at, group in zip(_slices(segments), groups) if group < 0]
 
 
-def _group_positions(segments: Sequence[int], groups: Sequence[int], device: torch.device) -> list[Tensor]:
+def _group_positions(
+    segments: Sequence[int], groups: Sequence[int], device: torch.device
+) -> list[Tensor]:
     """Positions in the bucket of each group's entries, ascending."""
     positions: list[list[Tensor]] = [[] for _ in range(max(groups, default=-1) + 1)]
     for at, group in zip(_slices(segments), groups):
@@ -156,17 +197,30 @@ def _group_positions(segments: Sequence[int], groups: Sequence[int], device: tor
     return [torch.cat(parts) for parts in positions]
 
 
-def _sections(payload: Tensor, segments: Sequence[int], groups: Sequence[int], k: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _sections(
+    payload: Tensor, segments: Sequence[int], groups: Sequence[int], k: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     sizes = [4 * sum(k), 4 * sum(k), 4 * _dense_numel(segments, groups)]
     begin = _HEADER.size
     indices, values, dense = payload[begin : begin + sum(sizes)].split(sizes)
-    return indices.clone().view(torch.int32), values.clone().view(torch.float32), dense.clone().view(torch.float32)
+    return (
+        indices.clone().view(torch.int32),
+        values.clone().view(torch.float32),
+        dense.clone().view(torch.float32),
+    )
 
 
-def _layout_fields(segments: Sequence[int], groups: Sequence[int], k: Sequence[int], step: int) -> tuple[int, ...]:
+def _layout_fields(
+    segments: Sequence[int], groups: Sequence[int], k: Sequence[int], step: int
+) -> tuple[int, ...]:
     layout_hash = _FNV_SEED
     for number in (len(segments), *(part for pair in zip(segments, groups) for part in pair), *k):
         for byte in (number % 2**64).to_bytes(8, "little"):
             layout_hash = (layout_hash ^ byte) * _FNV_PRIME % 2**64
-    numbers = (sum(segments), sum(k), _dense_numel(segments, groups), payload_bytes(segments, groups, k))
+    numbers = (
+        sum(segments),
+        sum(k),
+        _dense_numel(segments, groups),
+        payload_bytes(segments, groups, k),
+    )
     return (layout_hash, step, *numbers)

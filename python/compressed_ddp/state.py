@@ -68,8 +68,13 @@ class TopKEFState:
         if scope not in _SCOPES:
             raise ValueError(f"TopKEFState: scope must be one of {_SCOPES}, got {scope!r}")
         if not isinstance(error_feedback, bool):
-            raise TypeError(f"TopKEFState: error_feedback must be True or False, got {error_feedback!r}")
-        for option, value in (("dense_steps", dense_steps), ("min_compress_numel", min_compress_numel)):
+            raise TypeError(
+                f"TopKEFState: error_feedback must be True or False, got {error_feedback!r}"
+            )
+        for option, value in (
+            ("dense_steps", dense_steps),
+            ("min_compress_numel", min_compress_numel),
+        ):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"TopKEFState: {option} must be an integer >= 0, got {value!r}")
             if value < 0:
@@ -86,7 +91,9 @@ class TopKEFState:
         self.dense_steps = dense_steps
         self.min_compress_numel = min_compress_numel
         self._exempt = _exempt_rule(exempt)
-        self._loaded_rank: tuple[int, int] | None = None  # rank and world_size of a loaded state, until they are checked
+        self._loaded_rank: tuple[int, int] | None = (
+            None  # rank and world_size of a loaded state, until they are checked
+        )
         self._engine = _native._C.Engine(
             density=density,
             scope=scope,

@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))  # `import ranks`, in this process and in forked ranks
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parent)
+)  # `import ranks`, in this process and in forked ranks
 
 REQUIRE_CUDA = os.environ.get("COMPRESSED_DDP_REQUIRE_CUDA") == "1"
 

@@ -56,7 +56,9 @@ def run(
         for rank in range(world_size):
             ours, theirs = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_main, args=(theirs, function, rank, world_size, store, group_timeout_s, timeout_s, args), daemon=True
+                target=_main,
+                args=(theirs, function, rank, world_size, store, group_timeout_s, timeout_s, args),
+                daemon=True,
             )
             process.start()
             theirs.close()
