@@ -11,6 +11,7 @@ import datetime
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -73,7 +74,7 @@ def run(
                     failures.append(f"rank {rank} hung: no result after {timeout_s} s")
                     results.append(None)
                     continue
-                ok, value = pipe.recv()
+                ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 process.join(5)
                 ok, value = allow_death, Died(process.exitcode)
@@ -114,11 +115,16 @@ def _main(
         )
         result = function(rank, world_size, *args)
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        _send(pipe, False, traceback.format_exc())
     else:
-        pipe.send((True, result))
+        _send(pipe, True, result)
     finally:
         faulthandler.cancel_dump_traceback_later()
         pipe.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _send(pipe: Connection, ok: bool, value: Any) -> None:
+    # pipe.send() would share a tensor's memory with a process that is about to end; plain pickle copies it.
+    pipe.send_bytes(pickle.dumps((ok, value)))
