@@ -1,0 +1,104 @@
+# Needs Python 3.11+ (with venv and headers), a C++ compiler, make and git; everything else is
+# installed into $(VENV). Nothing outside $(VENV) and build/ is written.
+#
+#   make PYTHON=python3.12 VENV=.venv-oldest TORCH='torch==2.11.0' test
+
+PYTHON ?= python3
+VENV ?= .venv
+# The version that CI tests. May hold pip options, such as an --index-url for a CPU-only torch.
+TORCH ?= torch==2.15.0
+
+BIN = $(VENV)/bin
+# A failure of a warning is for those who change the code, not for those who compile it.
+export COMPRESSED_DDP_WERROR ?= $(if $(CI),ON,OFF)
+COMPRESSED_DDP_REQUIRE_SIMDE ?= OFF
+
+native_sources = CMakeLists.txt csrc/CMakeLists.txt \
+  $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h) $(wildcard build_backend/*.py)
+
+.DELETE_ON_ERROR:
+.PHONY: help env build build-tests test demo bench-stages lint format clean FORCE
+
+help:
+	@echo "make env           create $(VENV) with $(TORCH) and the build tools"
+	@echo "make build         compile and install compressed_ddp into $(VENV) (editable)"
+	@echo "make test          build, then the C++ tests and the Python tests (PYTEST_ARGS=...)"
+	@echo "make demo          build, then 2 ranks dense and compressed on real digits"
+	@echo "make bench-stages  build, then time each stage (BENCH_ARGS=...)"
+	@echo "make lint          formatters, linters and type checks; changes nothing"
+	@echo "make format        let the formatters change the files"
+	@echo "make clean         remove build/ and $(VENV)"
+
+# --- Environment: every step leaves a stamp, so that a second call installs nothing ---------------
+env: $(VENV)/.tools
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "compressed_ddp needs Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Changes only when TORCH does: another torch means another environment and another build.
+$(VENV)/.torch-wanted: FORCE | $(BIN)/python
+	@echo "$(TORCH)" | cmp -s - $@ || echo "$(TORCH)" > $@
+
+# torchvision in the same call: on its own, pip would take the newest one and its torch.
+# xargs, because TORCH may hold options as well as a `>`.
+$(VENV)/.torch: $(VENV)/.torch-wanted
+	xargs $(BIN)/pip install torchvision < $<
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.torch pyproject.toml
+	@$(BIN)/python -c 'import tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > $@
+	$(BIN)/pip install -r $@
+	@touch $@
+
+# --- Build ----------------------------------------------------------------------------------------
+build: $(VENV)/.extension
+
+# PATH: cmake and ninja of the environment, whether or not the machine has any.
+$(VENV)/.extension: $(VENV)/.tools $(native_sources)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --no-build-isolation -e '.[examples,test]'
+	@touch $@
+
+# Ninja sees for itself what changed.
+build-tests: $(VENV)/.tools
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCOMPRESSED_DDP_PYTHON=OFF -DCOMPRESSED_DDP_TESTS=ON \
+	  -DCOMPRESSED_DDP_WERROR=$(COMPRESSED_DDP_WERROR) \
+	  -DCOMPRESSED_DDP_REQUIRE_SIMDE=$(COMPRESSED_DDP_REQUIRE_SIMDE)
+	@PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
+
+# --- Use ------------------------------------------------------------------------------------------
+test: build build-tests
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error
+	$(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)
+
+demo: build
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+bench-stages: build
+	$(BIN)/python benchmarks/bench_stages.py $(BENCH_ARGS)
+
+$(VENV)/.lint-tools: $(VENV)/.tools pyproject.toml
+	@$(BIN)/python -c 'import tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["lint"], sep="\n")' > $@
+	$(BIN)/pip install -r $@
+	@touch $@
+
+cxx_files = git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/cpp/*.cpp' 'tests/cpp/*.h'
+
+lint: $(VENV)/.lint-tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(cxx_files) | xargs -r $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/typos
+
+format: $(VENV)/.lint-tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(cxx_files) | xargs -r $(BIN)/clang-format -i
+
+clean:
+	rm -rf build $(VENV)
