@@ -74,6 +74,7 @@ def encode(
     dense = torch.cat(
         [gradient.new_zeros(0), *(gradient[at] for at in _dense_slices(segments, groups))]
     ).float()
+    dense = torch.where(torch.isnan(dense), torch.nan, dense)  # every NaN is written as 0x7fc00000
     flags = _NON_FINITE if non_finite or not torch.isfinite(dense).all() else 0
     fields = (rank, world_size, *_layout_fields(segments, groups, k, step))
     header = torch.frombuffer(

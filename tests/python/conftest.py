@@ -13,6 +13,9 @@ sys.path.insert(
     0, str(pathlib.Path(__file__).parent)
 )  # `import ranks`, in this process and in forked ranks
 
+# Threads that spin for one another cost a multiple of the work itself where others use the cores, too.
+torch.set_num_threads(1)
+
 REQUIRE_CUDA = os.environ.get("COMPRESSED_DDP_REQUIRE_CUDA") == "1"
 
 

@@ -1,0 +1,139 @@
+"""restore_ undoes what compensate_select_ took, and refuses payloads that are not meant for the layout."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from stage_cases import BUCKET, DTYPES, GRADIENTS, LAYOUTS, SMALL, assert_same_bits, inputs_of
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from compressed_ddp import ops, reference
+
+LAYOUT_PARAMS = [pytest.param(layout, id=name) for name, layout in LAYOUTS.items()]
+
+
+def compressed(kind, layout, dtype, seed):
+    """(gradient, residual before, residual after, payload)"""
+    gradient, residual = inputs_of(kind, layout, dtype, seed)
+    before = residual.clone()
+    values, indices, statistics = ops.compensate_select_(gradient, residual, *layout.arguments)
+    non_finite = bool(statistics[3] > 0)
+    payload = ops.encode(
+        values, indices, gradient, *layout.arguments, rank=0, world_size=2, non_finite=non_finite
+    )
+    return gradient, before, residual, payload
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUT_PARAMS)
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_the_restored_residual_equals_the_reference(kind, layout, dtype, seed):
+    _, _, residual, payload = compressed(kind, layout, dtype, seed)
+    expected = residual.clone()
+    ops.restore_(residual, payload, *layout.arguments)
+    reference.restore_(expected, payload, *layout.arguments)
+    assert_same_bits(residual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_afterwards_the_residual_holds_all_that_was_finite(kind, dtype, seed):
+    gradient, before, residual, payload = compressed(kind, BUCKET, dtype, seed)
+    ops.restore_(residual, payload, *BUCKET.arguments)
+    acc = gradient.float() + before
+    expected = torch.where(torch.isfinite(acc), acc, before)
+    expected[300:350] = before[300:350]  # the dense segment
+    torch.testing.assert_close(residual, expected, rtol=0, atol=0)  # == : -0 comes back as +0
+
+
+def test_dense_segments_of_the_residual_are_left_alone(seed):
+    _, before, residual, payload = compressed("normal", BUCKET, torch.float32, seed)
+    ops.restore_(residual, payload, *BUCKET.arguments)
+    assert_same_bits(residual[300:350], before[300:350])
+
+
+# ---- refusals
+
+
+def refused(error, words, residual=None, payload=None, layout=SMALL):
+    _, _, good_residual, good_payload = compressed("normal", SMALL, torch.float32, 0)
+    residual = good_residual if residual is None else residual
+    payload = good_payload if payload is None else payload
+    before = residual.clone()
+    with pytest.raises(error, match=re.escape(f"restore_: {words}")):
+        ops.restore_(residual, payload, *layout.arguments)
+    assert_same_bits(residual, before)
+
+
+def test_wrong_tensors_are_refused_in_words():
+    uint8 = torch.uint8
+    refused(ValueError, "expected residual to be flat and contiguous", residual=torch.ones(11))
+    refused(ValueError, "expected residual to be flat and contiguous", residual=torch.ones(3, 4))
+    refused(TypeError, "expected residual to have dtype Float", residual=torch.ones(12).half())
+    refused(
+        TypeError, "expected payload to have dtype Byte, got Int", payload=torch.ones(128).int()
+    )
+    size = "expected payload to be flat and contiguous with 128 bytes, got"
+    refused(ValueError, f"{size} [127]", payload=torch.ones(127, dtype=uint8))
+    refused(ValueError, f"{size} [1, 128]", payload=torch.ones(1, 128, dtype=uint8))
+    refused(ValueError, f"{size} [128]", payload=torch.ones(256, dtype=uint8)[::2])
+    refused(
+        ValueError,
+        "expected payload to be aligned to 4 bytes; clone() it",
+        payload=torch.ones(130, dtype=uint8)[1:129],
+    )
+
+
+def test_a_layout_that_makes_no_sense_is_refused():
+    _, _, residual, payload = compressed("normal", SMALL, torch.float32, 0)
+    with pytest.raises(ValueError, match=re.escape("restore_: layout: expected one k per group")):
+        ops.restore_(residual, payload, SMALL.segments, SMALL.groups, [2])
+
+
+@pytest.mark.parametrize(
+    ("offset", "field"),
+    [
+        pytest.param(0, "magic", id="magic"),
+        pytest.param(4, "wire format version", id="version"),
+        pytest.param(16, "layout_hash", id="layout_hash"),
+        pytest.param(32, "numel", id="numel"),
+        pytest.param(40, "selected entries", id="selected_numel"),
+        pytest.param(48, "dense entries", id="dense_numel"),
+        pytest.param(56, "payload_bytes", id="payload_bytes"),
+    ],
+)
+def test_a_payload_of_another_layout_is_refused_by_field(offset, field):
+    _, _, _, payload = compressed("normal", SMALL, torch.float32, 0)
+    payload[offset] ^= 1
+    refused(ValueError, f"the payload does not fit the layout ({field}", payload=payload)
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [[1, 0, 8], [3, 3, 8], [-1, 3, 8], [3, 6, 8], [0, 5, 12], [0, 5, -8], [0, 5, 2**31 - 1]],
+    ids=str,
+)
+def test_a_payload_with_impossible_indices_is_refused(indices):
+    _, _, _, payload = compressed("normal", SMALL, torch.float32, 0)
+    payload[64:76] = torch.tensor(indices, dtype=torch.int32).view(torch.uint8)
+    refused(ValueError, "the payload does not fit the layout (the indices of", payload=payload)
+
+
+# ---- as a citizen of torch
+
+
+def test_opcheck_finds_nothing(seed):
+    for layout in (BUCKET, LAYOUTS["empty"]):
+        _, _, residual, payload = compressed("normal", layout, torch.float32, seed)
+        torch.library.opcheck(
+            torch.ops.compressed_ddp.restore_.default, (residual, payload, *layout.arguments)
+        )
+
+
+def test_the_fake_kernel_returns_nothing(seed):
+    _, _, residual, payload = compressed("normal", BUCKET, torch.float32, seed)
+    with FakeTensorMode() as mode:
+        fakes = mode.from_tensor(residual), mode.from_tensor(payload)
+        assert ops.restore_(*fakes, *BUCKET.arguments) is None
