@@ -46,6 +46,8 @@ struct CompensateSelectStatistics { // over the compressed segments; summed bloc
 class CompensateSelect {
  public:
   explicit CompensateSelect(const Layout& layout, const FilterKernels& kernels = best_filter());
+  CompensateSelect(const CompensateSelect&) = delete; // nor moved: scratch_ may point into the object itself
+  CompensateSelect& operator=(const CompensateSelect&) = delete;
 
   int64_t num_groups() const { return static_cast<int64_t>(groups_.size()); }
   int64_t num_blocks() const { return static_cast<int64_t>(blocks_.size()); }

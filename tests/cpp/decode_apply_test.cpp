@@ -1,0 +1,223 @@
+#include "cpu/decode_apply.h"
+
+#include <cmath>
+
+#include "testing.h"
+
+namespace compressed_ddp {
+namespace {
+
+using testing::all_cuts;
+using testing::Cut;
+using testing::random_gathered;
+using testing::TypedBuffer;
+using Bytes = std::vector<uint8_t>;
+using Numbers = std::vector<int64_t>;
+
+constexpr int64_t kTileNumel = 8192;            // decode_apply.cpp; the layouts below put borders around it
+constexpr int64_t kStreamNumel = (8 << 20) / 4; // fp32 entries from which on stores go past the caches
+
+uint8_t* payload_of(const Layout& layout, Bytes& gathered, int64_t rank) { return gathered.data() + rank * payload_bytes(layout); }
+
+// The contract as a plain loop: rank by rank, entry by entry, one multiplication, one rounding.
+TypedBuffer reference(const Layout& layout, const Bytes& gathered, int64_t world_size, GradientType type) {
+  std::vector<float> sums(static_cast<size_t>(layout.numel), 0.0f);
+  for (int64_t rank = 0; rank < world_size; ++rank) {
+    const uint8_t* payload = gathered.data() + rank * payload_bytes(layout);
+    for (int64_t e = 0; e < layout.selected_numel; ++e)
+      sums[static_cast<size_t>(payload_indices(layout, payload)[e])] += payload_values(layout, payload)[e];
+    for (const Segment& segment : layout.segments)
+      for (int64_t i = 0; segment.group == kDenseGroup && i < segment.numel; ++i)
+        sums[static_cast<size_t>(segment.offset + i)] += payload_dense(layout, payload)[segment.dense_offset + i];
+  }
+  const float scale = 1.0f / static_cast<float>(world_size);
+  for (float& sum : sums) sum *= scale;
+  return TypedBuffer(type, sums);
+}
+
+void expect_equal(const TypedBuffer& expected, const TypedBuffer& actual) {
+  ASSERT_EQ(expected.numel(), actual.numel());
+  for (int64_t i = 0; i < expected.numel(); ++i)
+    ASSERT_EQ(expected.bits_at(i), actual.bits_at(i))
+        << "entry " << i << ": expected " << testing::show_float(expected.at(i)) << ", got " << testing::show_float(actual.at(i));
+  ASSERT_TRUE(actual.guards_intact());
+}
+
+TypedBuffer decoded(const Layout& layout, const Bytes& gathered, int64_t world_size, GradientType type, const Cut& cut = all_cuts()[0],
+                    int64_t misalignment = 0) {
+  // What lies in the bucket before, here the own gradient, must not show in the result.
+  TypedBuffer bucket(type, std::vector<float>(static_cast<size_t>(layout.numel), 123.0f), misalignment);
+  EXPECT_FALSE(decode_apply(layout, {gathered.data(), world_size, bucket.data(), type}, cut.parallel_for));
+  return bucket;
+}
+
+struct NamedLayout {
+  const char* name;
+  Layout layout;
+};
+
+std::vector<NamedLayout> layouts_around_tiles() {
+  const int64_t t = kTileNumel;
+  return {
+      {"one entry", testing::one_group(1, 1)},
+      {"less than a tile", testing::one_group(1000, 30)},
+      {"exactly a tile", testing::one_group(t, 100)},
+      {"a tile and one", testing::one_group(t + 1, 100)},
+      {"a tile less one, everything sent", testing::one_group(t - 1, t - 1)},
+      {"several tiles", testing::one_group(3 * t + 17, 500)},
+      {"dense only", Layout::make(Numbers{t + 5, 0, 2 * t - 10, 3}, Numbers{-1, -1, -1, -1}, {})},
+      {"a dense segment across tiles", Layout::make(Numbers{t - 100, 2 * t + 300, 50}, Numbers{0, -1, 1}, Numbers{80, 5})},
+      {"a dense segment that ends with its tile", Layout::make(Numbers{t - 7, 7, t, 9}, Numbers{0, -1, 1, -1}, Numbers{20, 30})},
+      {"a dense segment that reaches one entry into a tile", Layout::make(Numbers{t - 7, 8, t, 9}, Numbers{0, -1, 1, -1}, Numbers{20, 30})},
+      {"a bucket group around dense segments",
+       Layout::make(Numbers{5000, 40, 6000, 5000, 9000, 1}, Numbers{0, -1, 0, -1, 0, -1}, Numbers{700})},
+      {"tensor groups", Layout::make(Numbers{4000, 100, 12000, 3, 8192, 1}, Numbers{0, 1, 2, -1, 3, 4}, Numbers{40, 100, 1, 82, 1})},
+      {"nothing", Layout::make({}, {}, {})},
+  };
+}
+
+TEST(DecodeApply, EqualsThePlainSumInRankOrderBitForBit) {
+  constexpr uint64_t kSeed = 1;
+  SCOPED_TRACE("seed " + std::to_string(kSeed));
+  for (const auto& [name, layout] : layouts_around_tiles())
+    for (const int64_t world_size : {1, 2, 3, 8}) {
+      SCOPED_TRACE(std::string(name) + ", world_size " + std::to_string(world_size));
+      const Bytes gathered = random_gathered(layout, world_size, 4, kSeed);
+      ASSERT_EQ(check_gathered(layout, gathered.data(), world_size, 4), "");
+      for (const GradientType type : testing::kGradientTypes) {
+        SCOPED_TRACE(testing::name_of(type));
+        expect_equal(reference(layout, gathered, world_size, type), decoded(layout, gathered, world_size, type));
+      }
+    }
+}
+
+TEST(DecodeApply, DoesNotDependOnHowTilesAreCutNorOnTheirOrder) {
+  constexpr uint64_t kSeed = 2;
+  SCOPED_TRACE("seed " + std::to_string(kSeed));
+  for (const auto& [name, layout] : layouts_around_tiles()) {
+    const Bytes gathered = random_gathered(layout, 3, 0, kSeed);
+    for (const Cut& cut : all_cuts()) {
+      SCOPED_TRACE(std::string(name) + ", tiles " + cut.name);
+      for (const GradientType type : testing::kGradientTypes)
+        expect_equal(reference(layout, gathered, 3, type), decoded(layout, gathered, 3, type, cut));
+    }
+  }
+}
+
+TEST(DecodeApply, TheBucketMayBeginAnywhere) {
+  constexpr uint64_t kSeed = 3;
+  SCOPED_TRACE("seed " + std::to_string(kSeed));
+  const Layout layout = Layout::make(Numbers{9000, 77, 500}, Numbers{0, -1, 1}, Numbers{90, 5});
+  const Bytes gathered = random_gathered(layout, 2, 0, kSeed);
+  for (const GradientType type : testing::kGradientTypes)
+    for (int64_t misalignment = 0; misalignment < 8; ++misalignment)
+      expect_equal(reference(layout, gathered, 2, type), decoded(layout, gathered, 2, type, all_cuts()[0], misalignment));
+}
+
+TEST(DecodeApply, BucketsThatAreStoredPastTheCachesAreEqualToo) {
+  constexpr uint64_t kSeed = 4;
+  SCOPED_TRACE("seed " + std::to_string(kSeed));
+  for (const int64_t numel : {kStreamNumel - 1, kStreamNumel, kStreamNumel + 5}) {
+    // The dense segment crosses many tiles, and its ends lie inside of one.
+    const Layout layout = Layout::make(Numbers{1000003, 300001, numel - 1300004}, Numbers{0, -1, 1}, Numbers{1001, 801});
+    const Bytes gathered = random_gathered(layout, 3, 0, kSeed);
+    const TypedBuffer expected = reference(layout, gathered, 3, GradientType::kFloat32);
+    for (const int64_t misalignment : {0, 1, 2, 3}) {
+      SCOPED_TRACE("numel " + std::to_string(numel) + ", misalignment " + std::to_string(misalignment));
+      const Cut& cut = all_cuts()[static_cast<size_t>(misalignment)];
+      expect_equal(expected, decoded(layout, gathered, 3, GradientType::kFloat32, cut, misalignment));
+    }
+  }
+}
+
+TEST(DecodeApply, LargeSixteenBitBucketsAreEqualToo) {
+  constexpr uint64_t kSeed = 5;
+  SCOPED_TRACE("seed " + std::to_string(kSeed));
+  const Layout layout = testing::one_group(2 * kStreamNumel + 3, 5000);
+  const Bytes gathered = random_gathered(layout, 2, 0, kSeed);
+  expect_equal(reference(layout, gathered, 2, GradientType::kBFloat16), decoded(layout, gathered, 2, GradientType::kBFloat16));
+}
+
+// Hand-made numbers for which another order of additions, a fused one, or a second rounding gives another result.
+TEST(DecodeApply, AddsInRankOrderAndRoundsOnce) {
+  const Layout layout = testing::one_group(1, 1);
+  const auto average = [&](const std::vector<float>& values, GradientType type) {
+    const auto world_size = static_cast<int64_t>(values.size());
+    Bytes gathered = random_gathered(layout, world_size, 0, 1);
+    for (int64_t rank = 0; rank < world_size; ++rank)
+      payload_entries(layout, payload_of(layout, gathered, rank)).values[0] = values[static_cast<size_t>(rank)];
+    return decoded(layout, gathered, world_size, type).at(0);
+  };
+  EXPECT_EQ(average({1e8f, 1.0f, -1e8f}, GradientType::kFloat32), 0.0f);
+  EXPECT_EQ(average({1e8f, -1e8f, 1.0f}, GradientType::kFloat32), 1.0f * (1.0f / 3.0f));
+  EXPECT_EQ(average({65504.0f, 65504.0f}, GradientType::kFloat16), 65504.0f) << "summed in fp32, where 131008 fits";
+  EXPECT_EQ(testing::bits_of(average({-0.0f}, GradientType::kFloat32)), 0u) << "a sum begins at +0";
+  // fp32(1/3) is a little above 1/3, and the factor comes once.
+  EXPECT_EQ(average({1.0f, 1.0f, 1.0f}, GradientType::kFloat32), 3.0f * (1.0f / 3.0f));
+}
+
+TEST(DecodeApply, EveryRankGetsTheSameBits) {
+  // Each rank decodes the same gathered bytes: what differs between ranks is what their buckets held before, and their threads.
+  const Layout layout = Layout::make(Numbers{20000, 300}, Numbers{0, -1}, Numbers{200});
+  const Bytes gathered = random_gathered(layout, 3, 0, 6);
+  TypedBuffer first(GradientType::kFloat16, testing::normal_values(layout.numel, 7));
+  TypedBuffer second(GradientType::kFloat16, std::vector<float>(static_cast<size_t>(layout.numel), std::nanf("")), 3);
+  decode_apply(layout, {gathered.data(), 3, first.data(), first.type()}, all_cuts()[0].parallel_for);
+  decode_apply(layout, {gathered.data(), 3, second.data(), second.type()}, all_cuts()[4].parallel_for);
+  expect_equal(first, second);
+}
+
+TEST(DecodeApply, TheFlagOfAnyRankMakesTheWholeBucketNan) {
+  const Layout layout = Layout::make(Numbers{9000, 50}, Numbers{0, -1}, Numbers{90});
+  for (int64_t flagged = 0; flagged < 3; ++flagged) {
+    Bytes gathered = random_gathered(layout, 3, 0, 8);
+    EXPECT_FALSE(any_non_finite(layout, gathered.data(), 3));
+    encode_header(layout, static_cast<uint32_t>(flagged), 3, 0, true, payload_of(layout, gathered, flagged));
+    ASSERT_EQ(check_gathered(layout, gathered.data(), 3, 0), "");
+    EXPECT_TRUE(any_non_finite(layout, gathered.data(), 3));
+    for (const GradientType type : testing::kGradientTypes) {
+      TypedBuffer bucket(type, std::vector<float>(static_cast<size_t>(layout.numel), 1.0f), 1);
+      EXPECT_TRUE(decode_apply(layout, {gathered.data(), 3, bucket.data(), type}, all_cuts()[0].parallel_for));
+      for (int64_t i = 0; i < layout.numel; ++i) ASSERT_TRUE(std::isnan(bucket.at(i))) << testing::name_of(type) << ", entry " << i;
+      EXPECT_TRUE(bucket.guards_intact());
+    }
+  }
+}
+
+TEST(DecodeApply, InfinitiesWithoutTheFlagAreOnlySummed) {
+  // A finite value of every rank may overflow in the sum: that is not the flag's business.
+  const Layout layout = testing::one_group(2, 1);
+  Bytes gathered = random_gathered(layout, 2, 0, 9);
+  for (int64_t rank = 0; rank < 2; ++rank) {
+    const PayloadEntries entries = payload_entries(layout, payload_of(layout, gathered, rank));
+    entries.indices[0] = 1;
+    entries.values[0] = 3e38f;
+  }
+  const TypedBuffer bucket = decoded(layout, gathered, 2, GradientType::kFloat32);
+  EXPECT_EQ(bucket.at(0), 0.0f);
+  EXPECT_EQ(bucket.at(1), HUGE_VALF);
+}
+
+TEST(CheckGathered, NamesTheRankAndTheField) {
+  const Layout layout = Layout::make(Numbers{100, 10}, Numbers{0, -1}, Numbers{7});
+  const Bytes good = random_gathered(layout, 4, 12, 10);
+  EXPECT_EQ(check_gathered(layout, good.data(), 4, 12), "");
+  for (int64_t rank = 0; rank < 4; ++rank) {
+    Bytes bad = good;
+    payload_entries(layout, payload_of(layout, bad, rank)).indices[6] = 100;
+    EXPECT_EQ(check_gathered(layout, bad.data(), 4, 12),
+              "the payload of rank " + std::to_string(rank) +
+                  " is not what this rank expects (the indices of group 0 are not strictly ascending in [0, 99])");
+  }
+  EXPECT_EQ(check_gathered(layout, good.data(), 4, 13), "the payload of rank 0 is not what this rank expects (step: expected 13, got 12)");
+}
+
+TEST(CheckGathered, PayloadsInAnotherOrderAreRefused) {
+  const Layout layout = testing::one_group(100, 7);
+  Bytes gathered = random_gathered(layout, 2, 0, 11);
+  std::swap_ranges(gathered.begin(), gathered.begin() + payload_bytes(layout), gathered.begin() + payload_bytes(layout));
+  EXPECT_EQ(check_gathered(layout, gathered.data(), 2, 0), "the payload of rank 0 is not what this rank expects (rank: expected 0, got 1)");
+}
+
+} // namespace
+} // namespace compressed_ddp
