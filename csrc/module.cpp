@@ -85,6 +85,18 @@ py::dict metrics_dict(const Metrics& m) {
   return d;
 }
 
+// A future that fails in C++ terms: torch.futures.Future.set_exception would complete it with an exception object as its value.
+FuturePtr failed_future(const std::string& message, bool is_value_error) {
+  auto future = c10::make_intrusive<c10::ivalue::Future>(c10::PyObjectType::get());
+  try {
+    TORCH_CHECK_VALUE(!is_value_error, message);
+    throw std::runtime_error(message);
+  } catch (...) {
+    future->setError(std::current_exception());
+  }
+  return std::make_shared<torch::jit::PythonFutureWrapper>(std::move(future));
+}
+
 // A GradBucket and a ProcessGroup must be recognised as torch's own types; with another pybind11 they are two types of one name.
 void self_test() {
   const py::module_ c10d = py::module_::import("torch._C._distributed_c10d");
@@ -104,6 +116,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("payload_header_bytes") = sizeof(PayloadHeader);
   m.attr("instruction_set") = best_filter().name;
   m.def("self_test", &self_test);
+  m.def("failed_future", &failed_future, py::arg("message"), py::arg("is_value_error"));
   m.def("selection_k", &selection_k, py::arg("density"), py::arg("numel"));
   m.def(
       "payload_bytes",

@@ -10,7 +10,10 @@ from . import _native
 from .state import TopKEFState
 
 
-def topk_ef_hook(state: TopKEFState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def topk_ef_hook(  # DDP looks at the names and annotations of this signature
+    state: TopKEFState,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
     """Averages one bucket over the ranks by Top-K with error feedback; for `model.register_comm_hook(state, topk_ef_hook)`.
 
     compensate_select_ -> encode -> exchange -> decode_apply_, started here and finished on a thread of the process group.
@@ -23,12 +26,16 @@ def topk_ef_hook(state: TopKEFState, bucket: dist.GradBucket) -> torch.futures.F
     Returns:
         A future of that buffer. Every error arrives through it and is raised by `backward()`.
     """
-    if not isinstance(bucket, dist.GradBucket):
-        raise TypeError(
-            f"topk_ef_hook: expected a torch.distributed.GradBucket, got {type(bucket).__name__}; "
-            "torch._dynamo.config.optimize_ddp = 'python_reducer' is not supported, leave it at its default"
-        )
-    return state._engine_with_process_group().reduce_bucket(bucket)
+    try:
+        if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
+            raise TypeError(
+                f"topk_ef_hook: expected a torch.distributed.GradBucket, got {type(bucket).__name__}; "
+                "torch._dynamo.config.optimize_ddp = 'python_reducer' is not supported, leave it at its default"
+            )
+        return state._engine_with_process_group().reduce_bucket(bucket)
+    except Exception as error:
+        # Raised from here, it would leave DDP's reducer unusable: the next forward would fail with another, misleading error.
+        return _native._C.failed_future(str(error), isinstance(error, (ValueError, TypeError)))
 
 
 def register(model: DistributedDataParallel, state: TopKEFState) -> None:
@@ -60,4 +67,5 @@ def register(model: DistributedDataParallel, state: TopKEFState) -> None:
     _native._C.register_hook(model.reducer, state._engine_with_process_group())
     # What DistributedDataParallel.register_comm_hook does besides: its log, and its list of hooks.
     model._comm_hooks.append((topk_ef_hook, state))
+    assert model.logger is not None
     model.logger._set_comm_hook_name("compressed_ddp::TopKEFHook")

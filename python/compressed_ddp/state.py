@@ -168,14 +168,15 @@ class TopKEFState:
             )
         self._engine.set_process_group(process_group)
 
-    def _engine_with_process_group(self) -> Any:
+    def _engine_with_process_group(self) -> _native._C.Engine:
         if not self._engine.has_process_group():
-            if self.process_group is None and not dist.is_initialized():
+            process_group = self.process_group or dist.group.WORLD
+            if process_group is None:
                 raise RuntimeError(
                     "compressed_ddp: no process group to average over; call torch.distributed.init_process_group first, "
                     "or pass TopKEFState(process_group=...)"
                 )
-            self._use_process_group(self.process_group or dist.group.WORLD)
+            self._use_process_group(process_group)
         return self._engine
 
     # ---- step, metrics, rollback
