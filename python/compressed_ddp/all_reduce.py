@@ -47,21 +47,22 @@ def all_reduce_(
         raise ValueError(
             "all_reduce_: expected a tensor without autograd history; pass tensor.detach() or use torch.no_grad()"
         )
-    flat = tensor.reshape(-1)  # a view where it can be one, else a row-major copy
-    is_view = flat.data_ptr() == tensor.data_ptr()
+    flat = tensor.contiguous().view(-1)  # the tensor itself, or a row-major copy
     future = state._engine_with_process_group().reduce_named(
         flat, tensor, name, list(segments), bool(state._is_exempt(name, tensor))
     )
-    if not is_view:
+    is_copy = not tensor.is_contiguous()
 
-        def copy_back(done: torch.futures.Future[torch.Tensor]) -> torch.Tensor:
-            done.value()
+    def copy_back(done: torch.futures.Future[torch.Tensor]) -> torch.Tensor:
+        done.value()
+        with torch.no_grad():  # this thread has its own grad mode
             return tensor.copy_(flat.view(tensor.shape))
 
-        future = future.then(copy_back)
     if async_op:
-        return future
+        return future.then(copy_back) if is_copy else future
     future.wait()
+    if is_copy:
+        tensor.copy_(flat.view(tensor.shape))
     return tensor
 
 
