@@ -94,6 +94,7 @@ class TopKEFState:
         self._loaded_rank: tuple[int, int] | None = (
             None  # rank and world_size of a loaded state, until they are checked
         )
+        self._used_rank: tuple[int, int] | None = None  # rank and world_size in the engine's group
         self._engine = _native._C.Engine(
             density=density,
             scope=scope,
@@ -167,6 +168,7 @@ class TopKEFState:
                 stacklevel=4,
             )
         self._engine.set_process_group(process_group)
+        self._used_rank = (process_group.rank(), world_size)
 
     def _engine_with_process_group(self) -> _native._C.Engine:
         if not self._engine.has_process_group():
@@ -283,6 +285,8 @@ class TopKEFState:
         self._loaded_rank = loaded_rank
 
     def _rank_and_world_size(self) -> tuple[int, int]:
+        if self._used_rank is not None and self._engine.has_process_group():
+            return self._used_rank  # may be the group of the registered model
         if self.process_group is not None:
             return self.process_group.rank(), self.process_group.size()
         if dist.is_initialized():
@@ -305,6 +309,10 @@ def _strip_wrappers(name: str) -> str:
 def _exempt_rule(exempt: Exempt) -> Callable[[str, torch.Tensor], bool] | None:
     if callable(exempt):
         return exempt
+    if not isinstance(exempt, (str, Iterable)):
+        raise TypeError(
+            f"TopKEFState: exempt must be regular expressions or a predicate (name, parameter) -> bool, got {exempt!r}"
+        )
     patterns = [exempt] if isinstance(exempt, str) else list(exempt)
     compiled = []
     for pattern in patterns:
