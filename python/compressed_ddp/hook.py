@@ -26,12 +26,13 @@ def topk_ef_hook(  # DDP looks at the names and annotations of this signature
     Returns:
         A future of that buffer. Every error arrives through it and is raised by `backward()`.
     """
+    if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
+        # Raised, not returned: the Python reducer ignores what a hook returns, and would train on unaveraged gradients.
+        raise TypeError(
+            f"topk_ef_hook: expected a torch.distributed.GradBucket, got {type(bucket).__name__}; "
+            "torch._dynamo.config.optimize_ddp = 'python_reducer' is not supported, leave it at its default"
+        )
     try:
-        if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
-            raise TypeError(
-                f"topk_ef_hook: expected a torch.distributed.GradBucket, got {type(bucket).__name__}; "
-                "torch._dynamo.config.optimize_ddp = 'python_reducer' is not supported, leave it at its default"
-            )
         return state._engine_with_process_group().reduce_bucket(bucket)
     except Exception as error:
         # Raised from here, it would leave DDP's reducer unusable: the next forward would fail with another, misleading error.
