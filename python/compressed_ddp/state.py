@@ -291,7 +291,7 @@ class TopKEFState:
             return self.process_group.rank(), self.process_group.size()
         if dist.is_initialized():
             return dist.get_rank(), dist.get_world_size()
-        return 0, 1
+        return self._loaded_rank or (0, 1)
 
 
 def _strip_wrappers(name: str) -> str:
