@@ -39,6 +39,17 @@ Bucket::Bucket(BucketKey key, Scope scope, int64_t min_compress_numel) : key_(st
     }
   }
   if (key_.presence_numel > 0) parts_.push_back({key_.entries.size(), 0, key_.presence_numel, true});
+
+  structure_hash_ = hash_bytes(&key_.type, sizeof key_.type);
+  for (const Part& part : parts_) {
+    const int64_t numbers[] = {static_cast<int64_t>(part.entry), part.numel, part.dense};
+    structure_hash_ = hash_bytes(numbers, sizeof numbers, structure_hash_);
+  }
+  identity_hash_ = structure_hash_;
+  for (const EntryPtr& entry : key_.entries) { // neither changes when names become known later, or a state is loaded
+    if (entry->parameter.has_value()) identity_hash_ = hash_bytes(&entry->ordinal, sizeof entry->ordinal, identity_hash_);
+    else identity_hash_ = hash_bytes(entry->name.c_str(), entry->name.size() + 1, identity_hash_);
+  }
 }
 
 std::string Bucket::name() const {
@@ -48,15 +59,6 @@ std::string Bucket::name() const {
   std::string text = "a parameter of shape [";
   for (size_t i = 0; i < first.sizes.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(first.sizes[i]);
   return text + "]";
-}
-
-uint64_t Bucket::structure_hash() const {
-  uint64_t hash = hash_bytes(&key_.type, sizeof key_.type);
-  for (const Part& part : parts_) {
-    const int64_t numbers[] = {static_cast<int64_t>(part.entry), part.numel, part.dense};
-    hash = hash_bytes(numbers, sizeof numbers, hash);
-  }
-  return hash;
 }
 
 int64_t Bucket::numel() const {

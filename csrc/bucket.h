@@ -58,7 +58,8 @@ class Bucket {
   const at::Tensor& payload() const { return payload_; }
   at::Tensor& gathered() { return gathered_; }
 
-  // Stage 4. Throws (the bucket untouched) when a payload is not what it should be. Returns whether some rank was non-finite.
+  // Stage 4. Throws (the bucket untouched) when a payload is not what it should be. Returns whether the result, the same on every rank, is
+  // non-finite somewhere.
   bool decode_apply(at::Tensor& gradient, int64_t step) const;
 
   // Puts what was sent last back into the residual, once.
@@ -67,7 +68,9 @@ class Bucket {
   void forget_sent() { sent_ = false; }
 
   // Numbers and exemptions of the parts, without k: what has to be the same on every rank at every density.
-  uint64_t structure_hash() const;
+  uint64_t structure_hash() const { return structure_hash_; }
+  // The structure, and which parameters these are: two buckets of one structure are compared separately.
+  uint64_t identity_hash() const { return identity_hash_; }
   int64_t numel() const;
 
   BucketStep last;
@@ -86,6 +89,8 @@ class Bucket {
   BucketKey key_;
   Scope scope_;
   std::vector<Part> parts_;
+  uint64_t structure_hash_ = 0;
+  uint64_t identity_hash_ = 0;
   double density_ = 0;
   int64_t world_size_ = 0;
   bool error_feedback_ = false;

@@ -29,6 +29,18 @@ std::exception_ptr failed_exchange(const Engine::Place& place, const std::except
       "can still be saved; then restart from the last checkpoint."));
 }
 
+// Payloads and agreement records are CPU tensors.
+void check_cpu_backend(c10d::ProcessGroup& process_group) {
+  try {
+    process_group.getBackend(c10::DeviceType::CPU);
+  } catch (const std::exception&) {
+    TORCH_CHECK(
+        false,
+        "compressed_ddp: the process group has no backend for CPU tensors, and this version exchanges payloads through host memory; "
+        "use init_process_group(backend='cpu:gloo,cuda:nccl')");
+  }
+}
+
 std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> storages_of(const at::Tensor& tensor) {
   return {tensor.storage().getWeakStorageImpl()};
 }
@@ -40,7 +52,7 @@ Engine::Engine(EngineOptions options) : options_(std::move(options)), process_gr
 void Engine::set_process_group(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const std::lock_guard lock(mutex_);
   process_group_ = c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group);
-  agreed_structures_.clear();
+  agreed_.clear();
 }
 
 bool Engine::has_process_group() const {
@@ -183,13 +195,19 @@ void Engine::reduce(Request request) {
   check_entries(request);
   const c10::intrusive_ptr<c10d::ProcessGroup> process_group = process_group_.lock();
   TORCH_CHECK(process_group,
-              "compressed_ddp: the process group is gone (destroy_process_group was called?); create a new TopKEFState, or a new process "
-              "group before the next step");
+              "compressed_ddp: the process group is gone (destroy_process_group was called?); create a new TopKEFState, or a new "
+              "process group before the next step");
   begin_step_if_repeated(request);
-  if (!request.buffer.is_cpu() && !is_dense_step()) return reduce_through_host(std::move(request));
-  const std::shared_ptr<Bucket> bucket = bucket_of(request);
-  if (is_dense_step()) return reduce_dense(bucket, std::move(request), process_group);
-  reduce_sparse(bucket, std::move(request), process_group);
+  try {
+    if (!request.buffer.is_cpu() && !is_dense_step()) return reduce_through_host(std::move(request), process_group);
+    const std::shared_ptr<Bucket> bucket = bucket_of(request);
+    if (is_dense_step()) return reduce_dense(bucket, std::move(request), process_group);
+    reduce_sparse(bucket, std::move(request), process_group);
+  } catch (...) { // the optimizer will not use this step: its other buckets have to give back what they sent, too
+    const std::lock_guard lock(progress_->mutex);
+    progress_->step_is_bad = true;
+    throw;
+  }
 }
 
 std::shared_ptr<Bucket> Engine::bucket_of(const Request& request) {
@@ -296,12 +314,11 @@ void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, Request request
 }
 
 // Devices without an engine of their own: through host memory, and done when the hook returns.
-void Engine::reduce_through_host(Request request) {
+void Engine::reduce_through_host(Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   Request host = request;
   host.buffer = request.buffer.to(at::kCPU);
   host.result = c10::IValue(host.buffer);
   host.future = c10::make_intrusive<Future>(c10::TensorType::get());
-  const c10::intrusive_ptr<c10d::ProcessGroup> process_group = process_group_.lock();
   const auto future = host.future;
   const at::Tensor staged = host.buffer;
   reduce_sparse(bucket_of(host), std::move(host), process_group);
@@ -318,7 +335,8 @@ void Engine::agree(const Bucket& bucket, c10d::ProcessGroup& process_group) {
   const bool callable = static_cast<bool>(options_.density_of_step);
   // With a callable density any step may change k, on one rank alone if the callable is wrong: compare once in every step.
   const bool compare_step = callable && !dense && agreed_step_ != step_;
-  if (agreed_structures_.contains(structure) && !compare_step) return;
+  if (agreed_.contains(bucket.identity_hash()) && !compare_step) return;
+  check_cpu_backend(process_group);
 
   AgreementRecord record;
   record.wire_version = kWireVersion;
@@ -358,105 +376,8 @@ void Engine::agree(const Bucket& bucket, c10d::ProcessGroup& process_group) {
   std::memcpy(records.data(), all.const_data_ptr<uint8_t>(), records.size() * sizeof record);
   const std::string disagreement = describe_disagreement(records);
   TORCH_CHECK(disagreement.empty(), "compressed_ddp: ", disagreement);
-  agreed_structures_.insert(structure);
+  agreed_.insert(bucket.identity_hash());
   agreed_step_ = step_;
-}
-
-// ---- state
-
-int64_t Engine::completed_steps() {
-  const std::lock_guard lock(mutex_);
-  return step_ + (step_begun_ ? 1 : 0);
-}
-
-void Engine::rollback() {
-  const std::lock_guard lock(mutex_);
-  wait_until_idle();
-  settle(true);
-}
-
-void Engine::reset() {
-  const std::lock_guard lock(mutex_);
-  wait_until_idle();
-  residuals_.reset();
-  buckets_.clear();
-  step_buckets_.clear();
-  agreed_structures_.clear();
-  agreed_step_ = density_step_ = -1;
-  step_ = 0;
-  step_begun_ = has_compressed_ = progress_->step_is_bad = false;
-  agreement_bytes_ = 0;
-  metrics_ = {};
-}
-
-std::vector<std::pair<std::string, at::Tensor>> Engine::export_residuals() {
-  const std::lock_guard lock(mutex_);
-  wait_until_idle();
-  bool bad = false;
-  {
-    const std::lock_guard progress_lock(progress_->mutex);
-    bad = progress_->step_is_bad;
-  }
-  if (bad) settle(false); // a good step stays open: rollback() may still follow
-  return residuals_.export_residuals();
-}
-
-// The structures that the ranks have compared stay compared: if only one rank loads in the middle of a run, it must not start a
-// comparison that the others do not take part in. Every payload carries its step, so the ranks notice at the next exchange.
-void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Tensor>>& residuals) {
-  const std::lock_guard lock(mutex_);
-  TORCH_CHECK_VALUE(!(has_compressed_ && step < options_.dense_steps),
-                    "TopKEFState.load_state_dict: this state is past its dense steps and cannot go back to step ", step,
-                    " (dense_steps=", options_.dense_steps, "); call reset() on every rank first");
-  wait_until_idle();
-  residuals_.import_residuals(residuals);
-  residuals_.forget_steps();
-  buckets_.clear();
-  step_buckets_.clear();
-  step_ = step;
-  density_step_ = agreed_step_ = -1;
-  step_begun_ = progress_->step_is_bad = false;
-  agreement_bytes_ = 0;
-  metrics_ = {};
-}
-
-Metrics Engine::current_metrics() const {
-  Metrics sum;
-  double gradient_sq = 0, residual_sq = 0, sent_sq = 0;
-  for (const auto& bucket : step_buckets_) {
-    const BucketStep& last = bucket->last;
-    sum.bytes_sent += last.bytes_sent;
-    sum.dense_bytes += last.dense_bytes;
-    sum.gradient_bytes += last.gradient_bytes;
-    sum.payload_bytes += last.payload_bytes;
-    gradient_sq += last.gradient_sq;
-    residual_sq += last.residual_sq;
-    sent_sq += last.sent_sq;
-  }
-  sum.bytes_sent += agreement_bytes_;
-  sum.gradient_norm = std::sqrt(gradient_sq);
-  sum.residual_norm = options_.error_feedback ? std::sqrt(residual_sq) : 0.0;
-  sum.captured_energy = sent_sq + residual_sq > 0 ? sent_sq / (sent_sq + residual_sq) : 1.0;
-  sum.step = step_ + 1;
-  return sum;
-}
-
-Metrics Engine::metrics() {
-  const std::lock_guard lock(mutex_);
-  const std::lock_guard progress_lock(progress_->mutex);
-  // In the middle of a backward pass: the step before. Otherwise the step that has just been reduced.
-  return progress_->in_flight > 0 || step_buckets_.empty() ? metrics_ : current_metrics();
-}
-
-bool Engine::is_compressed(const at::Tensor& parameter) const {
-  const std::lock_guard lock(mutex_);
-  const EntryPtr entry = residuals_.find_parameter(parameter);
-  return entry != nullptr && entry->was_compressed;
-}
-
-void Engine::drop_results() {
-  for (const auto& [first, bucket] : buckets_) bucket->result = {};
-  for (const auto& bucket : step_buckets_) bucket->result = {};
 }
 
 } // namespace compressed_ddp

@@ -104,7 +104,7 @@ class Engine {
   c10::intrusive_ptr<c10::ivalue::Future> run(const std::function<void(Request&)>& fill, at::Tensor buffer, c10::IValue result,
                                               c10::TypePtr result_type);
   void reduce(Request request);
-  void reduce_through_host(Request request);
+  void reduce_through_host(Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
   void reduce_sparse(const std::shared_ptr<Bucket>& bucket, Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
   void reduce_dense(const std::shared_ptr<Bucket>& bucket, Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
   void start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place,
@@ -134,7 +134,7 @@ class Engine {
   int64_t density_step_ = -1;                         // the step density_ was evaluated for
   bool step_begun_ = false;                           // some bucket of the current step has come
   int64_t agreed_step_ = -1;                          // with a callable density: the step the ranks have compared last
-  std::set<uint64_t> agreed_structures_;              // bucket structures the ranks have compared; survives load(), see there
+  std::set<uint64_t> agreed_;                         // identities of the buckets that the ranks have compared; survives load(), see there
   double agreement_bytes_ = 0;                        // sent for comparisons in the current step
   bool has_compressed_ = false;
   Metrics metrics_;

@@ -45,7 +45,9 @@ std::function<double(int64_t)> density_function(py::object callable) {
     try {
       return (*holder)(step).cast<double>();
     } catch (const py::error_already_set& error) { // must not travel through threads without the GIL
-      throw std::runtime_error("TopKEFState: density(" + std::to_string(step) + ") raised " + error.what());
+      throw std::runtime_error("TopKEFState: density(" + std::to_string(step) + ") raised " +
+                               py::str(error.type().attr("__name__")).cast<std::string>() + ": " +
+                               py::str(error.value()).cast<std::string>());
     } catch (const py::cast_error&) {
       throw std::runtime_error("TopKEFState: density(" + std::to_string(step) + ") must return a number");
     }

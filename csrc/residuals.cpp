@@ -23,8 +23,11 @@ std::vector<int64_t> row_major_strides(c10::IntArrayRef sizes) {
   return strides;
 }
 
-EntryPtr make_entry(const at::Tensor& parameter) {
+} // namespace
+
+EntryPtr ResidualStore::make_entry(const at::Tensor& parameter) {
   auto entry = std::make_shared<Entry>();
+  entry->ordinal = next_ordinal_++;
   entry->parameter = c10::weak_intrusive_ptr<c10::TensorImpl>(parameter.getIntrusivePtr());
   entry->sizes = parameter.sizes().vec();
   // The same rule as the reducer's bucket views.
@@ -34,8 +37,6 @@ EntryPtr make_entry(const at::Tensor& parameter) {
   entry->is_vector = parameter.dim() <= 1;
   return entry;
 }
-
-} // namespace
 
 at::Tensor Entry::shaped_residual() const { return residual.as_strided(sizes, strides); }
 
@@ -101,6 +102,7 @@ EntryPtr ResidualStore::of_name(const std::string& name, const std::vector<int64
     return entry;
   }
   auto entry = std::make_shared<Entry>();
+  entry->ordinal = next_ordinal_++;
   entry->name = name;
   entry->sizes = sizes;
   entry->strides = row_major_strides(sizes);

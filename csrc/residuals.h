@@ -26,6 +26,7 @@ struct Entry {
   bool exempt = false;                 // by the user's rule
   bool is_vector = false;              // the 1-D rule
   at::Tensor residual;                 // fp32 [numel]; undefined until the first compressed step
+  int64_t ordinal = 0;                 // in the order in which the store met them
   int64_t last_step = -1;              // the last step in which it came
   bool was_compressed = false;         // some step has selected from it
 
@@ -68,6 +69,9 @@ class ResidualStore {
  private:
   void take_waiting(Entry& entry);
 
+  EntryPtr make_entry(const at::Tensor& parameter);
+
+  int64_t next_ordinal_ = 0;
   std::unordered_map<const c10::TensorImpl*, EntryPtr> by_parameter_;
   std::map<std::string, EntryPtr> by_name_; // ordered, so that state_dict() has a fixed order
   std::map<std::string, at::Tensor> waiting_;

@@ -17,39 +17,62 @@ constexpr int64_t kTileNumel = 8192; // 32 KiB of fp32 sums: the first-level dat
 // every line before it is overwritten.
 constexpr int64_t kStreamBytes = 8 << 20;
 
-void scale_and_store(float* sums, int64_t numel, float scale, float* out, bool stream) {
+// Scales a tile, stores it and clears the sums. Returns 0 when every result is finite, NaN otherwise: x * 0 is NaN for Inf and NaN.
+float scale_and_store(float* sums, int64_t numel, float scale, float* out, bool stream) {
   int64_t i = 0;
+  float zero = 0;
 #if defined(__SSE2__)
   if (stream) {
     for (; i < numel && (reinterpret_cast<uintptr_t>(out + i) & 15) != 0; ++i) {
       out[i] = sums[i] * scale;
+      zero += out[i] * 0.0f;
       sums[i] = 0;
     }
     const __m128 factor = _mm_set1_ps(scale);
+    __m128 zeros = _mm_setzero_ps();
     for (; i + 4 <= numel; i += 4) {
-      _mm_stream_ps(out + i, _mm_mul_ps(_mm_loadu_ps(sums + i), factor));
+      const __m128 result = _mm_mul_ps(_mm_loadu_ps(sums + i), factor);
+      _mm_stream_ps(out + i, result);
+      zeros = _mm_add_ps(zeros, _mm_mul_ps(result, _mm_setzero_ps()));
       _mm_storeu_ps(sums + i, _mm_setzero_ps());
     }
+    alignas(16) float lane[4];
+    _mm_store_ps(lane, zeros);
+    zero += lane[0] + lane[1] + lane[2] + lane[3];
   }
 #else
   (void)stream;
 #endif
+  // Four partial sums, so that the compiler may use vectors: fp32 additions are not reordered otherwise.
+  float partial[4] = {};
+  for (; i + 4 <= numel; i += 4) {
+    for (int64_t j = 0; j < 4; ++j) {
+      out[i + j] = sums[i + j] * scale;
+      partial[j] += out[i + j] * 0.0f;
+      sums[i + j] = 0;
+    }
+  }
   for (; i < numel; ++i) {
     out[i] = sums[i] * scale;
+    zero += out[i] * 0.0f;
     sums[i] = 0;
   }
+  return zero + partial[0] + partial[1] + partial[2] + partial[3];
 }
 
 template <typename gradient_t>
-void scale_and_store(float* sums, int64_t numel, float scale, gradient_t* out, bool) {
+float scale_and_store(float* sums, int64_t numel, float scale, gradient_t* out, bool) {
+  float zero = 0;
   for (int64_t i = 0; i < numel; ++i) {
     from_float(sums[i] * scale, out[i]);
+    zero += to_float(out[i]) * 0.0f;
     sums[i] = 0;
   }
+  return zero;
 }
 
 template <typename gradient_t>
-void decode_apply_typed(const Layout& layout, const DecodeApplyArguments& a, int64_t begin, int64_t end) {
+bool decode_apply_typed(const Layout& layout, const DecodeApplyArguments& a, int64_t begin, int64_t end) {
   const int64_t stride_bytes = payload_bytes(layout);
   const float scale = 1.0f / static_cast<float>(a.world_size);
   const bool stream = layout.numel * static_cast<int64_t>(sizeof(gradient_t)) >= kStreamBytes;
@@ -67,6 +90,7 @@ void decode_apply_typed(const Layout& layout, const DecodeApplyArguments& a, int
       dense.push_back(&segment);
 
   size_t first_dense = 0;
+  float zero = 0; // NaN once a result is not finite
   alignas(64) float sums[kTileNumel] = {};
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t tile_begin = tile * kTileNumel;
@@ -87,11 +111,12 @@ void decode_apply_typed(const Layout& layout, const DecodeApplyArguments& a, int
         for (int64_t i = 0; i < to - from; ++i) sums[from - tile_begin + i] += in[i];
       }
     }
-    scale_and_store(sums, tile_end - tile_begin, scale, bucket + tile_begin, stream);
+    zero += scale_and_store(sums, tile_end - tile_begin, scale, bucket + tile_begin, stream);
   }
 #if defined(__SSE2__)
   if (stream) _mm_sfence(); // streamed stores become visible before another thread is told that the bucket is ready
 #endif
+  return zero == 0;
 }
 
 } // namespace
@@ -113,7 +138,7 @@ bool any_non_finite(const Layout& layout, const uint8_t* gathered, int64_t world
 
 int64_t num_decode_tiles(const Layout& layout) { return (layout.numel + kTileNumel - 1) / kTileNumel; }
 
-void decode_apply_tiles(const Layout& layout, const DecodeApplyArguments& arguments, int64_t begin, int64_t end) {
+bool decode_apply_tiles(const Layout& layout, const DecodeApplyArguments& arguments, int64_t begin, int64_t end) {
   switch (arguments.type) {
     case GradientType::kFloat32:
       return decode_apply_typed<float>(layout, arguments, begin, end);

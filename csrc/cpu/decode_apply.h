@@ -4,12 +4,14 @@
 // where d_p is what rank p sent (its selected entry at i, or its dense entry, or nothing); additions in rank order, in fp32; one
 // multiplication; one rounding to the bucket's type. The own payload is decoded from its bytes like any other, so the result is
 // bitwise the same on every rank, whatever the number of threads. If any payload carries the non-finite flag the whole
-// bucket becomes NaN on every rank.
+// bucket becomes NaN on every rank. Finite payloads can still give a non-finite result (a sum beyond fp32, an average beyond
+// fp16): that is reported too, and is the same on every rank.
 //
 // Method: a tile of the bucket that fits the first-level cache is summed in scratch, rank by rank, then scaled and stored once.
 // Indices ascend, so each rank's entries of a tile are one run, found by a cursor.
 #pragma once
 
+#include <atomic>
 #include <string>
 
 #include "../wire_format.h"
@@ -32,21 +34,24 @@ bool any_non_finite(const Layout& layout, const uint8_t* gathered, int64_t world
 
 int64_t num_decode_tiles(const Layout& layout);
 
-// Parallel over tiles.
-void decode_apply_tiles(const Layout& layout, const DecodeApplyArguments& arguments, int64_t begin, int64_t end);
+// Parallel over tiles. Returns whether every result is finite.
+bool decode_apply_tiles(const Layout& layout, const DecodeApplyArguments& arguments, int64_t begin, int64_t end);
 
 // bucket = NaN everywhere.
 void fill_nan(const Layout& layout, void* bucket, GradientType type);
 
-// After check_gathered. parallel_for as in compensate_select.h. Returns whether the bucket became NaN.
+// After check_gathered. parallel_for as in compensate_select.h. Returns whether the bucket holds a non-finite result.
 template <typename ParallelFor>
 bool decode_apply(const Layout& layout, const DecodeApplyArguments& arguments, ParallelFor&& parallel_for) {
   if (any_non_finite(layout, arguments.gathered, arguments.world_size)) {
     fill_nan(layout, arguments.bucket, arguments.type);
     return true;
   }
-  parallel_for(num_decode_tiles(layout), [&](int64_t begin, int64_t end) { decode_apply_tiles(layout, arguments, begin, end); });
-  return false;
+  std::atomic<bool> finite{true};
+  parallel_for(num_decode_tiles(layout), [&](int64_t begin, int64_t end) {
+    if (!decode_apply_tiles(layout, arguments, begin, end)) finite.store(false, std::memory_order_relaxed);
+  });
+  return !finite.load(std::memory_order_relaxed);
 }
 
 } // namespace compressed_ddp

@@ -23,7 +23,8 @@ EncodeStatistics copy_dense(const Layout& layout, const gradient_t* gradient, co
     for (int64_t i = 0; i < segment.numel; ++i) {
       out[i] = to_float(in[i]);
       // One NaN on the wire: conversions from 16 bits differ in the NaN that they make.
-      if (selection_key(out[i]) == kNanKey) [[unlikely]] out[i] = std::bit_cast<float>(kCanonicalNanBits);
+      if (selection_key(out[i]) == kNanKey) [[unlikely]]
+        out[i] = std::bit_cast<float>(kCanonicalNanBits);
       gradient_sq += static_cast<double>(out[i]) * out[i];
       non_finite += !is_finite_key(selection_key(out[i]));
     }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from .state import TopKEFState
@@ -51,32 +52,57 @@ def adam_param_groups(
     return [group for group in groups if group["params"]]
 
 
+# States whose compressed parameters no optimizer has stepped yet, and the one global hook that waits for it.
+_watched: list[weakref.ref[TopKEFState]] = []
+_handle: RemovableHandle | None = None
+
+
 def warn_about_momentum_once(state: TopKEFState) -> None:
-    """Looks at the first optimizer that steps compressed parameters of `state`, warns if it is Adam-like with beta1 > 0, and goes."""
-    state_ref = weakref.ref(state)
+    """Looks at the first optimizer that steps compressed parameters of `state`, and warns if it is Adam-like with beta1 > 0.
 
-    def look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    Through torch's global optimizer-step hook, which goes when no state waits for its optimizer any more.
+    """
+    global _handle
+    _watched.append(weakref.ref(state))
+    if _handle is None:
+        _handle = register_optimizer_step_pre_hook(_look)
+
+
+def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    still_watched = []
+    for state_ref in _watched:
         state = state_ref()
-        if state is None:
-            handle.remove()
-            return
-        if not state._engine.has_compressed():
-            return
-        owns_compressed = False
-        for group in optimizer.param_groups:
-            if not any(state._engine.is_compressed(parameter) for parameter in group["params"]):
-                continue
-            owns_compressed = True
-            beta1 = group["betas"][0] if isinstance(group.get("betas"), (tuple, list)) else 0.0
-            if beta1 > 0.0:
-                warnings.warn(
-                    f"compressed_ddp: {type(optimizer).__name__} steps compressed parameters with beta1 = {float(beta1):g}; "
-                    "momentum after error feedback overshoots and costs accuracy: build the optimizer from "
-                    "compressed_ddp.adam_param_groups(model, state), or give the compressed parameters betas=(0.0, 0.99)",
-                    stacklevel=3,
-                )
-                break
-        if owns_compressed:
-            handle.remove()
+        if state is not None and not _look_at(optimizer, state):
+            still_watched.append(state_ref)
+    _watched[:] = still_watched
+    if not _watched:
+        # torch is iterating over the pre-hooks: the handle can only be removed behind them.
+        optimizer.register_step_post_hook(_remove_hook)
 
-    handle = register_optimizer_step_pre_hook(look)
+
+def _remove_hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    global _handle
+    if not _watched and _handle is not None:
+        _handle.remove()
+        _handle = None
+
+
+def _look_at(optimizer: torch.optim.Optimizer, state: TopKEFState) -> bool:
+    """Whether `optimizer` steps compressed parameters of `state`, so that it has been looked at."""
+    if not state._engine.has_compressed():
+        return False
+    owns_compressed = False
+    for group in optimizer.param_groups:
+        if not any(state._engine.is_compressed(parameter) for parameter in group["params"]):
+            continue
+        owns_compressed = True
+        beta1 = group["betas"][0] if isinstance(group.get("betas"), (tuple, list)) else 0.0
+        if beta1 > 0.0:
+            warnings.warn(
+                f"compressed_ddp: {type(optimizer).__name__} steps compressed parameters with beta1 = {float(beta1):g}; "
+                "momentum after error feedback overshoots and costs accuracy: build the optimizer from "
+                "compressed_ddp.adam_param_groups(model, state), or give the compressed parameters betas=(0.0, 0.99)",
+                stacklevel=4,
+            )
+            break
+    return owns_compressed

@@ -119,9 +119,10 @@ def all_reduce_gradients(
             if parameter.grad is not None:
                 view.copy_(parameter.grad)
                 present[index] = 1
-        started.append(
-            (parameters, views, present, engine.reduce_parameters(flat, parameters, unused))
-        )
+        future = engine.reduce_parameters(flat, parameters, unused)
+        if future.done():
+            future.wait()  # ranks that disagree about this bucket may not have a next one: raise before it is exchanged
+        started.append((parameters, views, present, future))
     for parameters, views, present, future in started:
         future.wait()
         for view, parameter, is_present in zip(views, parameters, present.tolist()):

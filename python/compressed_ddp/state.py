@@ -142,6 +142,12 @@ class TopKEFState:
                 name = _strip_wrappers(name)
                 parameters.append((name, parameter, self._is_exempt(name, parameter)))
         self._engine.bind(parameters)
+        if self._exempt is not None and not any(exempt for _, _, exempt in parameters):
+            warnings.warn(
+                "TopKEFState: exempt matches none of the model's parameters; their names are, for example, "
+                + ", ".join(repr(name) for name, _, _ in parameters[:3]),
+                stacklevel=2,
+            )
         return self
 
     def is_compressed(self, name: str, parameter: torch.Tensor) -> bool:

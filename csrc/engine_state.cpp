@@ -1,0 +1,105 @@
+// The engine between steps: counting, rolling back, checkpoints, metrics. engine.cpp has the steps themselves.
+#include <c10/util/Exception.h>
+
+#include <cmath>
+
+#include "engine.h"
+
+namespace compressed_ddp {
+
+int64_t Engine::completed_steps() {
+  const std::lock_guard lock(mutex_);
+  return step_ + (step_begun_ ? 1 : 0);
+}
+
+void Engine::rollback() {
+  const std::lock_guard lock(mutex_);
+  wait_until_idle();
+  settle(true);
+}
+
+void Engine::reset() {
+  const std::lock_guard lock(mutex_);
+  wait_until_idle();
+  residuals_.reset();
+  buckets_.clear();
+  step_buckets_.clear();
+  agreed_.clear();
+  agreed_step_ = density_step_ = -1;
+  step_ = 0;
+  step_begun_ = has_compressed_ = progress_->step_is_bad = false;
+  agreement_bytes_ = 0;
+  metrics_ = {};
+}
+
+std::vector<std::pair<std::string, at::Tensor>> Engine::export_residuals() {
+  const std::lock_guard lock(mutex_);
+  wait_until_idle();
+  bool bad = false;
+  {
+    const std::lock_guard progress_lock(progress_->mutex);
+    bad = progress_->step_is_bad;
+  }
+  if (bad) settle(false); // a good step stays open: rollback() may still follow
+  return residuals_.export_residuals();
+}
+
+// The buckets that the ranks have compared stay compared: if only one rank loads in the middle of a run, it must not start a
+// comparison that the others do not take part in. Every payload carries its step, so the ranks notice at the next exchange.
+void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Tensor>>& residuals) {
+  const std::lock_guard lock(mutex_);
+  TORCH_CHECK_VALUE(!(has_compressed_ && step < options_.dense_steps),
+                    "TopKEFState.load_state_dict: this state is past its dense steps and cannot go back to step ", step,
+                    " (dense_steps=", options_.dense_steps, "); call reset() on every rank first");
+  wait_until_idle();
+  residuals_.import_residuals(residuals);
+  residuals_.forget_steps();
+  buckets_.clear();
+  step_buckets_.clear();
+  step_ = step;
+  density_step_ = agreed_step_ = -1;
+  step_begun_ = progress_->step_is_bad = false;
+  agreement_bytes_ = 0;
+  metrics_ = {};
+}
+
+Metrics Engine::current_metrics() const {
+  Metrics sum;
+  double gradient_sq = 0, residual_sq = 0, sent_sq = 0;
+  for (const auto& bucket : step_buckets_) {
+    const BucketStep& last = bucket->last;
+    sum.bytes_sent += last.bytes_sent;
+    sum.dense_bytes += last.dense_bytes;
+    sum.gradient_bytes += last.gradient_bytes;
+    sum.payload_bytes += last.payload_bytes;
+    gradient_sq += last.gradient_sq;
+    residual_sq += last.residual_sq;
+    sent_sq += last.sent_sq;
+  }
+  sum.bytes_sent += agreement_bytes_;
+  sum.gradient_norm = std::sqrt(gradient_sq);
+  sum.residual_norm = options_.error_feedback ? std::sqrt(residual_sq) : 0.0;
+  sum.captured_energy = sent_sq + residual_sq > 0 ? sent_sq / (sent_sq + residual_sq) : 1.0;
+  sum.step = step_ + 1;
+  return sum;
+}
+
+Metrics Engine::metrics() {
+  const std::lock_guard lock(mutex_);
+  const std::lock_guard progress_lock(progress_->mutex);
+  // In the middle of a backward pass: the step before. Otherwise the step that has just been reduced.
+  return progress_->in_flight > 0 || step_buckets_.empty() ? metrics_ : current_metrics();
+}
+
+bool Engine::is_compressed(const at::Tensor& parameter) const {
+  const std::lock_guard lock(mutex_);
+  const EntryPtr entry = residuals_.find_parameter(parameter);
+  return entry != nullptr && entry->was_compressed;
+}
+
+void Engine::drop_results() {
+  for (const auto& [first, bucket] : buckets_) bucket->result = {};
+  for (const auto& bucket : step_buckets_) bucket->result = {};
+}
+
+} // namespace compressed_ddp
