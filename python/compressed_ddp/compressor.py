@@ -37,7 +37,7 @@ class TopKCompressor:
         """Returns (values float32 [k], indices int32 [k] into the row-major flat tensor, ascending; shape). `tensor`: float32,
         float16 or bfloat16, any shape and strides; not changed."""
         begin = time.perf_counter()
-        flat = tensor.detach().reshape(-1)
+        flat = tensor.detach().contiguous().view(-1)
         numel = flat.numel()
         k = _C.selection_k(self.density, numel)
         segments, groups = [numel], [0 if numel else -1]
