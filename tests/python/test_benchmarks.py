@@ -1,0 +1,230 @@
+"""The benchmarks run end to end on small inputs, their arithmetic is right, and docs/benchmarks.md shows what they measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import compressed_ddp
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+BENCHMARKS = REPOSITORY / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # the benchmarks are scripts, not a package
+
+import bench_stages  # noqa: E402
+import timing  # noqa: E402
+
+# By its path: the examples have a report.py, too, which other tests of this process import.
+_spec = importlib.util.spec_from_file_location("benchmarks_report", BENCHMARKS / "report.py")
+report = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(report)
+
+
+def run_script(script: str, *arguments: object) -> str:
+    """Runs a benchmark as a user would and returns what it printed."""
+    command = [sys.executable, BENCHMARKS / script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# ---- timing
+
+
+def test_quartiles_are_those_of_the_inclusive_method() -> None:
+    assert timing.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "p25": 2.0, "p75": 4.0}
+    assert timing.quartiles([7.0]) == {"median": 7.0, "p25": 7.0, "p75": 7.0}
+
+
+def test_ratios_and_differences_are_paired_by_turn() -> None:
+    slow_and_fast_turns = [10.0, 1.0, 10.0, 1.0]
+    twice = [20.0, 2.0, 20.0, 2.0]
+    assert timing.paired_ratio(twice, slow_and_fast_turns) == {
+        "median": 2.0,
+        "p25": 2.0,
+        "p75": 2.0,
+    }
+    assert (
+        timing.paired_difference(twice, slow_and_fast_turns, slow_and_fast_turns)["median"] == 0.0
+    )
+
+
+def test_arms_take_turns_and_preparation_is_not_timed() -> None:
+    calls: list[str] = []
+
+    def prepare(turn: int) -> object:
+        calls.append(f"prepare {turn}")
+        return lambda: calls.append(f"B {turn}")
+
+    arms = {"A": lambda turn: calls.append(f"A {turn}"), "B": timing.Prepared(prepare)}
+    samples = timing.in_turns(arms, repetitions=2, warmup=1)
+    assert calls == [
+        entry for turn in range(3) for entry in (f"A {turn}", f"prepare {turn}", f"B {turn}")
+    ]
+    assert {name: len(values) for name, values in samples.items()} == {"A": 2, "B": 2}
+
+
+def test_the_command_of_a_result_names_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["/somewhere/bench_stages.py", "--sizes", "25", "--output", "/elsewhere/a.json"],
+    )
+    assert timing._command() == "python benchmarks/bench_stages.py --sizes 25"
+
+
+# ---- bench_stages
+
+
+def test_resnet50_layout_is_that_of_the_model() -> None:
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        parameters = list(models.resnet50().parameters())
+    expected = sorted((parameter.numel(), parameter.dim() <= 1) for parameter in parameters)
+    assert sorted(bench_stages.resnet50_parameters()) == expected
+
+
+def test_the_eager_pipeline_selects_what_the_operator_selects() -> None:
+    layout = bench_stages.segmentation("resnet50", 200_000, 0.01)
+    gradient, residual = torch.randn(200_000), torch.randn(200_000)
+    other_residual = residual.clone()
+    values, indices, _ = compressed_ddp.ops.compensate_select_(
+        gradient, residual, *layout.arguments
+    )
+    eager_values, eager_indices = bench_stages.eager_pipeline(gradient, other_residual, layout)
+    order = eager_indices.argsort()
+    assert torch.equal(eager_indices[order], indices.long())
+    assert torch.equal(eager_values[order], values)
+    compressed = torch.repeat_interleave(
+        torch.tensor(layout.groups) >= 0, torch.tensor(layout.segments)
+    )
+    assert torch.equal(other_residual[compressed], residual[compressed])
+
+
+def test_bench_stages_end_to_end(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "stages.json"
+    arguments = [
+        "--sizes",
+        0.25,
+        "--densities",
+        0.01,
+        0.1,
+        "--repetitions",
+        3,
+        "--warmup-steps",
+        2,
+        "--threads",
+        1,
+    ]
+    run_script("bench_stages.py", *arguments, "--output", output)
+    result = json.loads(output.read_text())
+    assert len(result["rows"]) == 2 * 2 * 11
+    decode = [row for row in result["rows"] if row["stage"] == "decode_apply_"]
+    assert {row["payloads"] for row in decode} == {1, 2, 4, 8}
+    for row in result["rows"]:
+        assert 0 < row["ms"]["p25"] <= row["ms"]["median"] <= row["ms"]["p75"]
+    assert {entry["goal"] for entry in result["goals"]} == {
+        "time over the stream's",
+        "eager pipeline's time over its",
+        "8 payloads over a fill",
+    }
+    assert {"processor", "cores", "torch", "compiler", "commit", "date"} <= result["system"].keys()
+    assert str(tmp_path) not in output.read_text()
+
+
+# ---- bench_hook
+
+
+def test_bench_hook_end_to_end(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "hook.json"
+    run_script("bench_hook.py", "--buckets", 3, "--iterations", 4, "--cpus", 1, "--output", output)
+    rows = {row["hook"]: row for row in json.loads(output.read_text())["rows"]}
+    assert {"built-in", "C++ entry", "Python entry", "Python all-reduce", "kernels"} <= rows.keys()
+    assert "orchestration_us" in rows["C++ entry"]
+    assert "over_built_in_us" not in rows["built-in"]
+
+
+# ---- report
+
+
+RESULT = {
+    "title": "a benchmark",
+    "system": {
+        "processor": "P",
+        "cores": 2,
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "command": "python b.py",
+    },
+    "goals": [{"goal": "fast", "limit": "<= 1", "value": 2.5, "reached": False}],
+    "rows": [{"name": "x", "ms": {"median": 1.25, "p25": 1.0, "p75": 2.0}, "curve": [1, 2]}],
+}
+STUDY = {
+    "study": "loss of a model",
+    "provenance": {"commit": "fedcba9876543210-dirty", "date": "today", "torch": None},
+    "comparison": {"mean_points": -0.125, "best": {"dense": {"loss": 1.5}}},
+    "runs": [
+        {"arm": "dense", "loss": 1.5, "step_ms": {"median": 3.0, "total": 9.0}},
+        {"arm": "compressed", "loss": 1.25, "step_ms": {"median": 4.0}},
+    ],
+}
+
+
+def test_report_shows_every_figure_and_where_it_comes_from() -> None:
+    text = report.page("# Benchmarks\n\nWords.\n", {"b": RESULT, "s": STUDY})
+    for part in (
+        "Words.",
+        "## A benchmark",
+        "`0123456789ab`",
+        "processor: P",
+        "python b.py",
+        "1.25 [1, 2]",
+        "**no**",
+    ):
+        assert part in text
+    for part in (
+        "## Loss of a model",
+        "with local changes",
+        "- mean points: -0.125",
+        "- best: dense: loss: 1.5",
+        "| compressed | 1.25 | 4 |",
+    ):
+        assert part in text
+    assert "curve" not in text
+
+
+def test_report_changes_only_its_blocks() -> None:
+    text = (
+        report.page("# Benchmarks\n", {"b": RESULT, "s": STUDY}).replace(
+            "<!-- begin s", "Between.\n\n<!-- begin s"
+        )
+        + "\nAfter.\n"
+    )
+    assert report.page(text, {"b": RESULT, "s": STUDY}) == text
+    changed = report.page(text, {"b": {**RESULT, "title": "renamed"}})
+    assert "Between." in changed
+    assert "After." in changed
+    assert "## Renamed" in changed
+    assert "Loss of a model" not in changed
+
+
+def test_report_check_notices_a_changed_figure(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "b.json").write_text(json.dumps(RESULT))
+    page = tmp_path / "page.md"
+    where = ["--results", str(tmp_path), "--page", str(page)]
+    run_script("report.py", *where)
+    run_script("report.py", *where, "--check")
+    page.write_text(page.read_text().replace("1.25", "1.15"))
+    command = [sys.executable, str(BENCHMARKS / "report.py"), *where, "--check"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+
+
+def test_the_page_is_what_the_results_give() -> None:
+    page = REPOSITORY / "docs" / "benchmarks.md"
+    assert report.page(page.read_text("utf-8"), report.read_results()) == page.read_text("utf-8")
