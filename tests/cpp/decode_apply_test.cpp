@@ -184,18 +184,47 @@ TEST(DecodeApply, TheFlagOfAnyRankMakesTheWholeBucketNan) {
   }
 }
 
-TEST(DecodeApply, InfinitiesWithoutTheFlagAreOnlySummed) {
-  // A finite value of every rank may overflow in the sum: that is not the flag's business.
+// Finite payloads may add up to more than the bucket's type holds.
+TEST(DecodeApply, ANonFiniteResultWithoutAnyFlagIsReportedAndStaysInItsPlace) {
   const Layout layout = testing::one_group(2, 1);
-  Bytes gathered = random_gathered(layout, 2, 0, 9);
-  for (int64_t rank = 0; rank < 2; ++rank) {
-    const PayloadEntries entries = payload_entries(layout, payload_of(layout, gathered, rank));
-    entries.indices[0] = 1;
-    entries.values[0] = 3e38f;
+  for (const auto& [type, value] :
+       {std::pair{GradientType::kFloat32, 3e38f}, {GradientType::kFloat16, 70000.0f}, {GradientType::kBFloat16, 3e38f}}) {
+    SCOPED_TRACE(testing::name_of(type));
+    Bytes gathered = random_gathered(layout, 2, 0, 9);
+    for (int64_t rank = 0; rank < 2; ++rank) {
+      const PayloadEntries entries = payload_entries(layout, payload_of(layout, gathered, rank));
+      entries.indices[0] = 1;
+      entries.values[0] = value;
+    }
+    TypedBuffer bucket(type, 2);
+    EXPECT_TRUE(decode_apply(layout, {gathered.data(), 2, bucket.data(), type}, all_cuts()[0].parallel_for));
+    EXPECT_EQ(bucket.at(0), 0.0f);
+    EXPECT_EQ(bucket.at(1), HUGE_VALF);
   }
-  const TypedBuffer bucket = decoded(layout, gathered, 2, GradientType::kFloat32);
-  EXPECT_EQ(bucket.at(0), 0.0f);
-  EXPECT_EQ(bucket.at(1), HUGE_VALF);
+}
+
+TEST(DecodeApply, ANonFiniteResultIsReportedWhereverItLies) {
+  for (const GradientType type : testing::kGradientTypes)
+    for (const int64_t numel : {int64_t{9}, 2 * kTileNumel + 7, kStreamNumel + 5}) {
+      if (numel > kStreamNumel && type != GradientType::kFloat32) continue; // only fp32 has a second way to store
+      const Layout layout = testing::one_group(numel, 1);
+      Bytes gathered = random_gathered(layout, 1, 0, 12);
+      const PayloadEntries entries = payload_entries(layout, gathered.data());
+      TypedBuffer bucket(type, numel, 1);
+      // The beginning before an aligned store, each lane of one, the end of a tile, the rest behind the last whole vector.
+      for (const int64_t index :
+           {int64_t{0}, int64_t{1}, int64_t{2}, int64_t{3}, int64_t{4}, int64_t{5}, int64_t{6}, numel / 2, numel - 3, numel - 2, numel - 1})
+        for (const float value : {1.0f, HUGE_VALF, std::nanf("")}) {
+          SCOPED_TRACE(std::string(testing::name_of(type)) + ", numel " + std::to_string(numel) + ", index " + std::to_string(index) +
+                       ", value " + testing::show_float(value));
+          entries.indices[0] = static_cast<int32_t>(index);
+          entries.values[0] = value;
+          const bool non_finite = decode_apply(layout, {gathered.data(), 1, bucket.data(), type}, all_cuts()[2].parallel_for);
+          ASSERT_EQ(non_finite, !std::isfinite(value));
+          ASSERT_EQ(std::isfinite(bucket.at(index)), std::isfinite(value));
+          ASSERT_EQ(bucket.at(index == 0 ? 1 : index - 1), 0.0f);
+        }
+    }
 }
 
 TEST(CheckGathered, NamesTheRankAndTheField) {

@@ -78,6 +78,18 @@ TEST(Encode, UnusedDenseSegmentsTravelAsZerosWhateverTheBucketHolds) {
   EXPECT_EQ(statistics.non_finite, 0);
 }
 
+TEST(Encode, EveryNanOfADenseSegmentTravelsAsTheCanonicalOne) {
+  const Layout layout = Layout::make(Numbers{3}, Numbers{-1}, {});
+  const float canonical = float_of(kCanonicalNanBits);
+  for (const GradientType type : testing::kGradientTypes) {
+    SCOPED_TRACE(testing::name_of(type));
+    const TypedBuffer gradient(type, std::vector<float>{float_of(0xff812345), 1.0f, float_of(0x7fffffff)});
+    std::vector<uint8_t> payload = blank_payload(layout);
+    EXPECT_EQ(encode_dense(layout, gradient.data(), type, nullptr, payload.data()).non_finite, 2);
+    EXPECT_TRUE(same_bits(std::vector<float>{canonical, 1.0f, canonical}, dense_of(layout, payload)));
+  }
+}
+
 TEST(Encode, StatisticsCountTheDenseSegmentsOnly) {
   const Layout layout = layout_with_dense_parts();
   std::vector<float> gradient(static_cast<size_t>(layout.numel), 100.0f);
