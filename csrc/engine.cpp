@@ -128,6 +128,7 @@ void Engine::check_one_model(const c10d::GradBucket& bucket) {
 }
 
 void Engine::check_entries(const Request& request) const {
+  gradient_type(request.buffer); // a refused bucket must not count as a step
   int64_t numel = request.presence_numel;
   for (const EntryPtr& entry : request.entries) numel += entry->numel;
   TORCH_CHECK_VALUE(numel == request.buffer.numel() && request.buffer.dim() == 1 && request.buffer.is_contiguous(),

@@ -120,7 +120,8 @@ class Engine {
   Metrics current_metrics() const;
   bool is_dense_step() const { return step_ < options_.dense_steps; }
 
-  mutable std::mutex mutex_; // one public call at a time; callbacks never take it
+  // One public call at a time; callbacks never take it. Recursive, because a callable density may ask the state for its step or metrics.
+  mutable std::recursive_mutex mutex_;
   EngineOptions options_;
   ResidualStore residuals_;
   c10::weak_intrusive_ptr<c10d::ProcessGroup> process_group_;

@@ -84,11 +84,11 @@ def all_reduce_gradients(
         ValueError: other parameters than before, or a gradient of another dtype, device or layout.
         RuntimeError: the ranks disagree, or an exchange failed; no residual has lost anything, but some gradients may be averaged already.
     """
-    named = [
-        (_strip_wrappers(name), parameter)
-        for name, parameter in named_parameters
-        if parameter.requires_grad
-    ]
+    first_names: dict[int, tuple[str, torch.Tensor]] = {}  # a tied parameter comes once
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            first_names.setdefault(id(parameter), (_strip_wrappers(name), parameter))
+    named = list(first_names.values())
     if not named:
         return
     for name, parameter in named:

@@ -125,24 +125,27 @@ class TopKEFState:
 
         Args:
             model: the module that is trained, wrapped or not, or its named parameters. Leading `module.` and `_orig_mod.` are
-                stripped from the names. Parameters without gradients are left out.
+                stripped from the names. Parameters without gradients are left out; of the names of a tied one, the first counts.
 
         Raises:
             ValueError: the state is bound to other parameters, or has compressed others already.
         """
         named = model.named_parameters() if isinstance(model, nn.Module) else model
         parameters = []
+        seen: set[int] = set()
         for name, parameter in named:
             if not isinstance(name, str) or not isinstance(parameter, torch.Tensor):
                 raise TypeError(
                     "TopKEFState.bind: expected a module or pairs (name, parameter), got a pair of "
                     f"{type(name).__name__} and {type(parameter).__name__}"
                 )
-            if parameter.requires_grad:
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
                 name = _strip_wrappers(name)
                 parameters.append((name, parameter, self._is_exempt(name, parameter)))
+        is_first = not self._engine.is_bound()
         self._engine.bind(parameters)
-        if self._exempt is not None and not any(exempt for _, _, exempt in parameters):
+        if is_first and self._exempt is not None and not any(exempt for _, _, exempt in parameters):
             warnings.warn(
                 "TopKEFState: exempt matches none of the model's parameters; their names are, for example, "
                 + ", ".join(repr(name) for name, _, _ in parameters[:3]),

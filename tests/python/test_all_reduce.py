@@ -250,6 +250,7 @@ def collect_refusals(rank, world_size):
         for case, (tensor, options) in calls.items()
     }
     assert_same_bits(ones, torch.ones(2000))
+    assert state.step == 1, "a refused call is no step"
     return refusals
 
 
@@ -318,6 +319,22 @@ def test_a_callable_density_is_asked_once_in_every_compressed_step():
     assert asked == [1, 2, 3]
     # The residual of ascending values sends others every time; all ranks hold the same here.
     assert sent == [1000, 1000, 250, 250, 125, 125, 63, 63]
+
+
+def let_the_density_look_at_its_state(rank, world_size):
+    def density(step: int) -> float:
+        captured = state.metrics()["compressed_ddp/captured_energy"]
+        return 0.5 if step == 0 or captured < 0.5 else 0.25
+
+    state = TopKEFState(density=density, dense_steps=0, min_compress_numel=100)
+    return [
+        int(all_reduce_(torch.arange(1000.0) + 1, state, name="w").count_nonzero())
+        for _ in range(2)
+    ]
+
+
+def test_a_callable_density_may_ask_its_state():
+    assert ranks.run(2, let_the_density_look_at_its_state) == [[500, 250]] * 2
 
 
 def disagree(rank, world_size, density, dense_steps):

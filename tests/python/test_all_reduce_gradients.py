@@ -26,14 +26,14 @@ def sparse_state(**options) -> TopKEFState:
 
 def gradient(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def parameters(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32):
     return {name: nn.Parameter(torch.zeros(shape, dtype=dtype)) for name, shape in shapes.items()}
 
 
-SHAPES = {"a": (40, 30), "bias": (50,), "b": (7, 9), "c": (300, 10)}
+SHAPES = {"a": (40, 30), "bias": (50,), "b": (7, 9), "c": (300, 10), "scale": (), "none": (0, 5)}
 
 
 def oracle_of(shape: tuple[int, ...], world_size: int) -> Oracle:
@@ -281,6 +281,21 @@ def reduce_strided_gradients(rank, world_size):
 
 def test_a_gradient_of_other_strides_than_its_parameter_is_averaged_in_place():
     assert ranks.run(2, reduce_strided_gradients) == [(1, 40)] * 2
+
+
+def reduce_a_tied_parameter(rank, world_size):
+    tied, twin = nn.Parameter(torch.zeros(40, 30)), nn.Parameter(torch.zeros(40, 30))
+    state, twin_state = sparse_state(), sparse_state()
+    for step in range(3):
+        tied.grad, twin.grad = (gradient(10 * step + rank, 40, 30) for _ in range(2))
+        all_reduce_gradients([("a", tied), ("b", tied)], state)
+        all_reduce_gradients([("a", twin)], twin_state)
+        assert_same_bits(tied.grad, twin.grad)
+    return state.step, sorted(state.state_dict()["residuals"])
+
+
+def test_a_tied_parameter_is_reduced_once_under_its_first_name():
+    assert ranks.run(2, reduce_a_tied_parameter) == [(3, ["a"])] * 2
 
 
 def collect_refusals(rank, world_size):

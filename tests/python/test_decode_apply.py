@@ -128,6 +128,13 @@ def test_a_flipped_header_byte_is_refused_with_rank_and_field(field, at):
         refused(gathered, words, step=9)
 
 
+@pytest.mark.parametrize(("at", "bit"), [(6, 2), (6, 0x80), (7, 1), (7, 0x80)])
+def test_an_unknown_flag_is_refused(at, bit):
+    gathered = encoded_by(ops, SMALL, 3)
+    gathered[2, at] ^= bit
+    refused(gathered, "the payload of rank 2 is not what this rank expects (flags beyond the")
+
+
 @pytest.mark.parametrize(
     ("indices", "group"),
     [

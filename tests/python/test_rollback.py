@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from contracts import Oracle
 from stage_cases import DTYPES, Layout, assert_same_bits
 
-from compressed_ddp import TopKEFState, all_reduce_
+from compressed_ddp import TopKEFState, all_reduce_, ops
 
 WORLD_SIZE = 3
 SEGMENTS = [1200, 50, 800]  # compressed, dense, compressed
@@ -158,3 +159,48 @@ def test_a_sum_that_overflows_is_the_same_on_every_rank_and_the_step_is_undone()
         assert torch.isinf(result[11])
         assert residual[11] == torch.tensor(3e38)
         assert residual.count_nonzero() == 1
+
+
+# ---- a peer that sends something else
+
+
+def meet_a_hostile_peer(rank, world_size, attack):
+    """Rank 1 takes part in step 0; in step 1 it sends bytes of its own making where the payload belongs."""
+    state = TopKEFState(density=0.05, dense_steps=0, min_compress_numel=100)
+    all_reduce_(torch.arange(2000.0), state, name="w")
+    if rank == 1:
+        layout = ([2000], [0], [100])
+        indices = torch.arange(100, dtype=torch.int32)
+        if attack == "index":
+            indices[-1] = 2**31 - 1
+        options = {"rank": 0 if attack == "rank" else 1, "world_size": 2, "step": 1}
+        payload = ops.encode(torch.ones(100), indices, torch.ones(2000), *layout, **options)
+        if attack == "noise":
+            payload.random_()
+        dist.all_gather_into_tensor(torch.empty(2 * payload.numel(), dtype=torch.uint8), payload)
+        return None
+    before = state.state_dict()["residuals"]["w"]
+    bucket = torch.ones(2000)
+    try:
+        all_reduce_(bucket, state, name="w")
+        error = ""
+    except RuntimeError as caught:
+        error = str(caught)
+    after = state.state_dict()["residuals"]["w"]
+    assert_same_bits(bucket, torch.ones(2000))
+    assert torch.equal(after, before + 1.0), "what was taken from the residual is back"
+    return error
+
+
+@pytest.mark.parametrize(
+    ("attack", "words"),
+    [
+        pytest.param("rank", "rank 1 is not what this rank expects (rank: expected 1", id="rank"),
+        pytest.param("index", "(the indices of group 0 are not strictly ascending", id="index"),
+        pytest.param("noise", "rank 1 is not what this rank expects (magic: expected", id="noise"),
+    ],
+)
+def test_a_hostile_payload_fails_the_step_and_changes_neither_bucket_nor_residual(attack, words):
+    error, _ = ranks.run(2, meet_a_hostile_peer, attack)
+    assert words in error
+    assert "the bucket that begins with 'w' failed at step 1 on rank 0 of 2" in error

@@ -44,6 +44,7 @@ REFUSED_OPTIONS = [
     ),
     ({"exempt": "("}, ValueError, "exempt must be regular expressions or a predicate"),
     ({"exempt": [3]}, ValueError, "exempt must be regular expressions or a predicate"),
+    ({"exempt": None}, TypeError, "exempt must be regular expressions or a predicate"),
     ({"process_group": 0.01}, TypeError, "the density is the second argument"),
 ]
 
@@ -213,6 +214,20 @@ def test_a_tied_parameter_goes_by_its_first_name():
     weight = nn.Parameter(torch.ones(40, 50))
     state = TopKEFState().bind([("first", weight), ("second", weight)])
     assert state.bind([("first", weight)]) is state
+    assert state.bind([("first", weight), ("second", weight)]) is state
+
+
+def test_an_exempt_rule_that_matches_nothing_is_warned_about_once():
+    net, state = Net(), TopKEFState(exempt="ember")
+    with pytest.warns(UserWarning, match="exempt matches none of the model's parameters") as caught:
+        state.bind(net)
+    (warning,) = caught
+    assert "for example, 'embed.weight', 'head.weight', 'head.bias'" in str(warning.message)
+    assert warning.filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state.bind(net)
+        TopKEFState(exempt="embed").bind(net)
 
 
 # ---- one model
