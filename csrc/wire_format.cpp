@@ -58,6 +58,7 @@ std::string check_payload(const Layout& layout, const uint8_t* payload, uint32_t
   if (got.magic != kPayloadMagic) return differs("magic", kPayloadMagic, got.magic);
   if (got.version != kWireVersion)
     return differs("wire format version", kWireVersion, got.version) + "; install the same compressed_ddp on every rank";
+  if ((got.flags & ~kFlagNonFinite) != 0) return differs("flags beyond the non-finite one", 0, got.flags & ~kFlagNonFinite);
   if (got.world_size != world_size) return differs("world_size", world_size, got.world_size);
   if (got.rank != rank) return differs("rank", rank, got.rank);
   if (got.step != step) return differs("step", step, got.step);

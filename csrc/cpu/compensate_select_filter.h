@@ -69,18 +69,19 @@ const FilterKernels& best_filter();
 template <typename gradient_t, FilterSource source>
 inline void filter_scalar(const FilterArguments& a, int64_t begin, FilterResult& result) {
   const auto* gradient = static_cast<const gradient_t*>(a.gradient);
+  double gradient_sq = 0, residual_sq = 0; // one chain of up to 65,536 fp32 additions would lose too much
   for (int64_t i = begin; i < a.numel; ++i) {
     float acc = 0;
     if constexpr (source != FilterSource::kResidual) {
       const float g = to_float(gradient[i]);
-      result.gradient_sq += g * g;
+      gradient_sq += static_cast<double>(g) * g;
       acc = g;
     }
     if constexpr (source == FilterSource::kCompensate) acc = acc + a.residual[i];
     if constexpr (source == FilterSource::kResidual) acc = a.residual[i];
     const uint32_t magnitude = std::bit_cast<uint32_t>(acc) & 0x7fffffffu;
     if (magnitude < a.low_key) {
-      result.residual_sq += acc * acc;
+      residual_sq += static_cast<double>(acc) * acc;
       if constexpr (source == FilterSource::kCompensate) a.residual[i] = acc;
       continue;
     }
@@ -93,6 +94,8 @@ inline void filter_scalar(const FilterArguments& a, int64_t begin, FilterResult&
       a.residual[i] = 0;
     }
   }
+  result.gradient_sq += static_cast<float>(gradient_sq);
+  result.residual_sq += static_cast<float>(residual_sq);
 }
 
 } // namespace compressed_ddp

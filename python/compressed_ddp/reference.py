@@ -100,10 +100,11 @@ def decode_apply_(
     """bucket = (what rank 0 sent + what rank 1 sent + ..) * fp32(1 / world_size), in rank order; NaN if any rank was non-finite."""
     world_size = gathered.shape[0]
     headers = [_HEADER.unpack(bytes(payload[: _HEADER.size].tolist())) for payload in gathered]
-    for rank, (magic, version, _, *fields) in enumerate(headers):
-        if (magic, version, *fields) != (
+    for rank, (magic, version, flags, *fields) in enumerate(headers):
+        if (magic, version, flags & ~_NON_FINITE, *fields) != (
             _MAGIC,
             _VERSION,
+            0,
             rank,
             world_size,
             *_layout_fields(segments, groups, k, step),
