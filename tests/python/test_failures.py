@@ -1,0 +1,367 @@
+"""What goes wrong around a step: killed and stalled peers, wrong bytes on the wire, groups that are gone, and the end of a process.
+
+After each of them the residual has lost nothing: it is what the oracle had before the failed step plus this rank's gradient.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import faulthandler
+import gc
+import math
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from compressed_ddp import TopKEFState, all_reduce_, reference
+from ddp_models import BucketRecorder, Case, Oracle, assert_same_bits, both_entries, build, gradients_on, integers
+from torch import Tensor
+
+VICTIM = 1
+
+
+@dataclasses.dataclass
+class Survived:
+    """What a rank saw of a step that failed, and of the one after it."""
+
+    message: str
+    seconds: float
+    residuals: dict[str, Tensor]
+    gradients: dict[str, Tensor | None]
+    message_of_next_step: str = ""
+    seconds_of_next_step: float = 0.0
+
+
+def failing(action: Callable[[], object]) -> tuple[str, float]:
+    start = time.monotonic()
+    try:
+        action()
+    except RuntimeError as error:
+        return str(error), time.monotonic() - start
+    raise AssertionError("the step was to fail")
+
+
+def assert_nothing_lost(survived: Survived, case: Case, rank: int, world_size: int, failed_step: int) -> None:
+    oracle = Oracle(case, world_size)
+    for step in range(failed_step):
+        oracle.step([case.gradients(r, step) for r in range(world_size)])
+    given = case.gradients(rank, failed_step)
+    assert survived.residuals.keys() == oracle.residuals[rank].keys()
+    for name, residual in survived.residuals.items():
+        assert_same_bits(residual + 0.0, oracle.residuals[rank][name] + given[name] + 0.0, name)
+
+
+def assert_says(message: str, *words: str) -> None:
+    for word in words:
+        assert re.search(word, message), f"{word!r} is not in: {message}"
+    assert "Exception raised from" not in message
+
+
+def kill(gradient: Tensor) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_a_peer_dies(rank: int, world_size: int, case: Case, fatal_parameter: str) -> Survived:
+    model, state = build(case)
+    for step in range(case.steps):
+        model.zero_grad()
+        model(case.gradients(rank, step)).backward()
+    if rank == VICTIM:
+        dict(model.module.named_parameters())[fatal_parameter].register_hook(kill)
+    model.zero_grad()
+    message, seconds = failing(lambda: model(case.gradients(rank, case.steps)).backward())
+    survived = Survived(message, seconds, state.state_dict()["residuals"], {})
+    survived.message_of_next_step, survived.seconds_of_next_step = failing(lambda: model(case.gradients(rank, 9)).backward())
+    return survived
+
+
+@pytest.mark.parametrize("fatal_parameter", ["third_bias", "first_weight"], ids=["before_its_first_hook", "after_its_first_hook"])
+@pytest.mark.parametrize("world_size", [2, 3])
+@both_entries
+def test_a_killed_peer_gives_words_at_once_and_a_residual_that_lost_nothing(entry: str, world_size: int, fatal_parameter: str) -> None:
+    case = Case(entry, steps=3, gradients_of=integers, state={"dense_steps": 1})
+    outcomes = ranks.run(world_size, train_until_a_peer_dies, case, fatal_parameter, allow_death=True)
+    assert outcomes[VICTIM] == ranks.Died(-signal.SIGKILL)
+    for rank, survived in enumerate(outcomes):
+        if rank == VICTIM:
+            continue
+        assert_says(survived.message, "failed at step 3", f"on rank {rank} of {world_size}", "another rank has died or is stalled", "other ranks' logs", r"state\.state_dict\(\)")
+        assert_says(survived.message_of_next_step, "failed at step 4")
+        assert max(survived.seconds, survived.seconds_of_next_step) < 10, "at once, not after the timeout of the group"
+        assert_nothing_lost(survived, case, rank, world_size, failed_step=3)
+
+
+@both_entries
+def test_a_peer_killed_before_the_first_agreement_gives_the_same_words(entry: str) -> None:
+    case = Case(entry, steps=0, state={"dense_steps": 0})
+    survived, died = ranks.run(2, train_until_a_peer_dies, case, "third_bias", allow_death=True)
+    assert died == ranks.Died(-signal.SIGKILL)
+    assert_says(survived.message, "failed at step 0", "on rank 0 of 2", "another rank has died or is stalled")
+    assert survived.seconds < 10
+    assert not any(residual.any() for residual in survived.residuals.values()), "nothing was selected yet"
+
+
+def train_beside_a_stalled_peer(rank: int, world_size: int, case: Case, stalled_s: float) -> Survived:
+    model, state = build(case)
+    for step in range(case.steps):
+        model.zero_grad()
+        model(case.gradients(rank, step)).backward()
+    model.zero_grad()
+    if rank == VICTIM:
+        time.sleep(stalled_s)
+    message, seconds = failing(lambda: model(case.gradients(rank, case.steps)).backward())
+    return Survived(message, seconds, state.state_dict()["residuals"], {})
+
+
+@both_entries
+def test_a_stalled_peer_is_an_error_after_the_groups_timeout_on_every_rank(entry: str) -> None:
+    case = Case(entry, steps=3, gradients_of=integers, state={"dense_steps": 1})
+    outcomes = ranks.run(2, train_beside_a_stalled_peer, case, 8.0, group_timeout_s=3.0)
+    assert 2.5 < outcomes[0].seconds < 7.5
+    for rank, survived in enumerate(outcomes):
+        assert_says(survived.message, "failed at step 3", f"on rank {rank} of 2", "stalled beyond the process group's timeout")
+        assert_nothing_lost(survived, case, rank, 2, failed_step=3)
+
+
+@dataclasses.dataclass
+class Wire:
+    """A valid payload and where its parts are, for someone who wants to break it."""
+
+    payload: Tensor  # uint8
+    k: list[int]
+    numel: int
+
+    def header(self, offset: int, bytes_: int) -> Tensor:
+        return self.payload[offset : offset + bytes_]
+
+    @property
+    def indices(self) -> Tensor:
+        return self.payload[64 : 64 + 4 * sum(self.k)].view(torch.int32)
+
+
+def break_index(position: int, value: int) -> Callable[[Wire], None]:
+    def change(wire: Wire) -> None:
+        wire.indices[position] = value
+
+    return change
+
+
+def repeat_an_index(wire: Wire) -> None:
+    wire.indices[1] = wire.indices[0]
+
+
+def index_in_another_selection(wire: Wire) -> None:
+    wire.indices[wire.k[0] - 1] = wire.indices[wire.k[0]]
+
+
+def index_behind_the_bucket(wire: Wire) -> None:
+    wire.indices[-1] = wire.numel
+
+
+def flip(offset: int, bytes_: int) -> Callable[[Wire], None]:
+    def change(wire: Wire) -> None:
+        wire.header(offset, bytes_)[0] ^= 1
+
+    return change
+
+
+def random_bytes(wire: Wire) -> None:
+    wire.payload.copy_(torch.randint(0, 256, wire.payload.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
+
+
+def nothing(wire: Wire) -> None:
+    pass
+
+
+def zeros(wire: Wire) -> None:
+    wire.payload.zero_()
+
+
+CORRUPTIONS: dict[str, tuple[Callable[[Wire], None], str]] = {
+    "nothing": (nothing, ""),
+    "magic": (flip(0, 4), "magic"),
+    "version": (flip(4, 2), "wire format version"),
+    "rank": (flip(8, 4), r"rank: expected 1, got 0"),
+    "world_size": (flip(12, 4), "world_size: expected 2, got 3"),
+    "layout_hash": (flip(16, 8), "layout"),
+    "step": (flip(24, 8), "step: expected 3, got 2"),
+    "numel": (flip(32, 8), "numel"),
+    "payload_bytes": (flip(56, 8), "payload"),
+    "negative_index": (break_index(0, -1), "indices of group 0"),
+    "huge_index": (break_index(0, 2**31 - 1), "indices of group 0"),
+    "repeated_index": (repeat_an_index, "indices of group 0"),
+    "index_in_another_selection": (index_in_another_selection, "indices of group 0"),
+    "index_behind_the_bucket": (index_behind_the_bucket, "indices of group 2"),
+    "zeros": (zeros, "magic"),
+    "random_bytes": (random_bytes, "magic"),
+}
+
+
+def train_beside_a_peer_with_wrong_bytes(rank: int, world_size: int, case: Case, corruption: str) -> Survived | None:
+    model, state = build(case)
+    recorder = BucketRecorder(case)
+    for step in range(case.steps):
+        gradients = case.gradients(rank, step)
+        [names] = recorder.step(gradients)  # one bucket: the default cap
+        model.zero_grad()
+        model(gradients).backward()
+    model.zero_grad()
+    if rank != VICTIM:
+        start = time.monotonic()
+        try:
+            model(case.gradients(rank, case.steps)).backward()
+            message = ""
+        except RuntimeError as error:
+            message = str(error)
+        return Survived(message, time.monotonic() - start, state.state_dict()["residuals"], gradients_on(model))
+    # This rank speaks the protocol by hand.
+    segments = [math.prod(case.shapes[name]) for name in names]
+    oracle = Oracle(case, world_size)
+    groups, k = [], []
+    for name, numel in zip(names, segments):
+        groups.append(len(k) if oracle.is_compressed(name) else -1)
+        k += [oracle.k(numel)] if oracle.is_compressed(name) else []
+    given = case.gradients(rank, case.steps)
+    gradient = torch.cat([given[name].flatten() for name in names])
+    saved = state.state_dict()["residuals"]
+    residual = torch.cat([saved.get(name, torch.zeros(case.shapes[name])).flatten() for name in names])
+    values, indices, _ = reference.compensate_select_(gradient, residual, segments, groups, k)
+    payload = reference.encode(values, indices, gradient, segments, groups, k, rank=rank, world_size=world_size, step=case.steps)
+    CORRUPTIONS[corruption][0](Wire(payload, k, gradient.numel()))
+    dist.all_gather_into_tensor(payload.new_empty(world_size * payload.numel()), payload)
+    return None
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+@both_entries
+def test_wrong_bytes_from_a_peer_are_refused_by_name_and_touch_nothing(entry: str, corruption: str) -> None:
+    ddp = {"gradient_as_bucket_view": True}  # .grad is the bucket: it can be seen after a failure
+    case = Case(entry, steps=3, gradients_of=integers, ddp=ddp, state={"dense_steps": 0})
+    survived, _ = ranks.run(2, train_beside_a_peer_with_wrong_bytes, case, corruption)
+    _, words = CORRUPTIONS[corruption]
+    if corruption == "nothing":  # the bytes by hand are right when nobody breaks them
+        assert survived.message == ""
+        oracle = Oracle(case, 2)
+        for step in range(4):
+            expected = oracle.step([case.gradients(rank, step) for rank in range(2)])
+        for name, gradient in survived.gradients.items():
+            assert_same_bits(gradient, expected[name], name)
+        return
+    assert_says(survived.message, "the payload of rank 1", words, "on rank 0 of 2", "failed at step 3")
+    for name, gradient in survived.gradients.items():
+        assert_same_bits(gradient, case.gradients(0, 3)[name], f"the bucket of {name} is untouched")
+    assert_nothing_lost(survived, case, 0, 2, failed_step=3)
+
+
+def reduce_after_destroy(rank: int, world_size: int) -> list[str]:
+    state = TopKEFState(density=0.1, dense_steps=0)
+    all_reduce_(torch.ones(64, 64), state, name="weights")
+    dist.destroy_process_group()
+    return [failing(lambda: all_reduce_(torch.ones(64, 64), state, name="weights"))[0] for _ in range(2)]
+
+
+def test_reducing_after_destroy_process_group_gives_words() -> None:
+    for message in ranks.run(2, reduce_after_destroy)[0]:
+        assert_says(message, "process group", "init_process_group|new TopKEFState")
+
+
+def train_across_destroy(rank: int, world_size: int, case: Case) -> list[dict[str, Tensor | None]]:
+    model, _ = build(case)
+    gradients = []
+    for step in range(case.steps):
+        if step == 3:
+            dist.destroy_process_group()
+        model.zero_grad()
+        model(case.gradients(rank, step)).backward()
+        gradients.append(gradients_on(model))
+    return gradients
+
+
+@both_entries
+def test_a_model_keeps_its_group_alive_and_so_the_hook_goes_on_after_destroy_process_group(entry: str) -> None:
+    """As DDP without a hook does: its reducer owns a reference to the group. The engine only borrows it."""
+    case = Case(entry)
+    seen = ranks.run(2, train_across_destroy, case)
+    oracle = Oracle(case, 2)
+    for step in range(case.steps):
+        expected = oracle.step([case.gradients(rank, step) for rank in range(2)])
+        for gradients in seen:
+            for name, gradient in gradients[step].items():
+                assert_same_bits(gradient, expected[name], f"{name} in step {step}")
+
+
+KEPT: list[object] = []  # module globals live until the interpreter takes itself apart
+
+
+def train_and_keep(rank: int, case: Case, keep: bool) -> None:
+    model, state = build(case)
+    for step in range(case.steps):
+        model(case.gradients(rank, step)).backward()
+    if keep:
+        KEPT.extend((model, state))
+
+
+def train_and_exit(rank: int, world_size: int, case: Case, keep: bool, destroy: bool) -> None:
+    faulthandler.cancel_dump_traceback_later()
+    gc.freeze()  # the end then visits this run's objects, not all of torch's, whose pages would be copied from the fork server
+    train_and_keep(rank, case, keep)
+    if destroy:
+        dist.destroy_process_group()
+    # A rank of the harness leaves through os._exit; this is how an ordinary script ends: finalise Python, then exit().
+    ctypes.pythonapi.Py_Exit(0)
+
+
+@pytest.mark.parametrize("destroy", [True, False], ids=["destroyed", "group_left_open"])
+@pytest.mark.parametrize("keep", [False, True], ids=["local", "global"])
+@both_entries
+def test_processes_end_with_exit_code_0(entry: str, keep: bool, destroy: bool) -> None:
+    """Together 32 processes for each entry: an abort in the last moments of a process is a race."""
+    case = Case(entry, steps=4)
+    for _ in range(4):
+        assert ranks.run(2, train_and_exit, case, keep, destroy, allow_death=True) == [ranks.Died(0)] * 2
+
+
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from compressed_ddp import TopKEFState, register, topk_ef_hook
+from torch.nn.parallel import DistributedDataParallel
+
+rank, entry, store = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+model = DistributedDataParallel(torch.nn.Linear(64, 64))
+state = TopKEFState(density=0.1, dense_steps=1)
+if entry == "cpp":
+    register(model, state)
+else:
+    model.register_comm_hook(state, topk_ef_hook)
+for _ in range(5):
+    model(torch.ones(2, 64)).sum().backward()
+print(state.step)
+"""
+
+
+@both_entries
+def test_a_script_that_cleans_nothing_up_ends_with_exit_code_0(entry: str, tmp_path: pathlib.Path) -> None:
+    arguments = [entry, str(tmp_path / "store")]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(rank), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for process in started:
+        stdout, stderr = process.communicate(timeout=90)
+        assert (process.returncode, stdout.strip()) == (0, "5"), stderr
