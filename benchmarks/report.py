@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md from the results files: every number in its tables is one of theirs.
+"""Writes docs/benchmarks.md, and README.md's table, from the results files: every number is one of theirs.
 
     python benchmarks/report.py            write
     python benchmarks/report.py --check    change nothing; exit code 1 when the page is out of date
@@ -6,6 +6,7 @@
 Each file of benchmarks/results/ has a block of the page between `<!-- begin NAME -->` and
 `<!-- end NAME -->`, NAME being the file's name without `.json`. What stands outside of the blocks is
 kept. A new file's block is added at the end of the page; a block without a file is taken out.
+In README.md, what stands between `<!-- results:mnist -->` and `<!-- /results -->` is written.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGE = REPOSITORY / "docs" / "benchmarks.md"
+README = REPOSITORY / "README.md"
 NEW_PAGE = "# Benchmarks\n"
+README_TABLE = re.compile(r"(<!-- results:mnist -->\n).*?(<!-- /results -->)", re.DOTALL)
 BLOCK = re.compile(r"<!-- begin (\S+) -->\n.*?<!-- end \1 -->\n\n?", re.DOTALL)
 
 Result = Mapping[str, Any]
@@ -82,6 +85,36 @@ def facts(about: Mapping[str, Any]) -> str:
     """Return keys and values as a phrase, without those that nobody knows."""
     known = {key: value for key, value in about.items() if value is not None}
     return "; ".join(f"{words(key)}: {scalar(value)}" for key, value in known.items())
+
+
+def readme(text: str, results: Mapping[str, Result]) -> str:
+    """Return README.md's `text` with its table: the MNIST study, seed by seed."""
+    study = results.get("mnist_simple_cnn")
+    if study is None:
+        return text
+    by_seed: dict[int, dict[str, Result]] = {}
+    for run in study["runs"]:
+        by_seed.setdefault(run["seed"], {})[run["arm"]] = run
+    rows: Rows = [
+        {
+            "seed": seed,
+            "dense, test accuracy": f"{100 * arms['dense']['held_out_accuracy']:.2f} %",
+            "compressed": f"{100 * arms['compressed']['held_out_accuracy']:.2f} %",
+            "bytes per rank and step, dense": round(arms["compressed"]["dense_bytes_per_step"]),
+            "bytes, compressed": round(arms["compressed"]["bytes_sent_per_step"]),
+        }
+        for seed, arms in by_seed.items()
+    ]
+    about, found = study["provenance"], study["comparison"]
+    low, high = found["interval_95_points"]
+    words = (
+        f"SimpleCNN ({about['parameters']:,} parameters) on MNIST, {study['processes']} ranks over Gloo, 5 epochs, SGD with "
+        f"momentum 0.9, density 0.01. Mean of the paired differences: {found['mean_points']:+.2f} points (95 % interval "
+        f"{low:+.2f} .. {high:+.2f}). Dense bytes are those of a ring all-reduce, computed; compressed bytes are counted. "
+        f"{about['processor']}, {about['cores']} cores, torch {about['torch']}, commit `{about['commit'][:12]}`; "
+        "from [mnist_simple_cnn.json](benchmarks/results/mnist_simple_cnn.json)."
+    )
+    return README_TABLE.sub(lambda match: f"{match[1]}{table(rows)}\n\n{words}\n{match[2]}", text)
 
 
 # ---- the benchmarks
@@ -245,18 +278,23 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args()
+    results = read_results(options.results)
     before = options.page.read_text("utf-8") if options.page.is_file() else ""
-    after = page(before or NEW_PAGE, read_results(options.results), options.results)
-    if options.check:
-        if before != after:
+    written = {options.page: (before, page(before or NEW_PAGE, results, options.results))}
+    before = options.readme.read_text("utf-8")
+    written[options.readme] = (before, readme(before, results))
+    stale = [path for path, (before, after) in written.items() if before != after]
+    for path in stale:
+        if options.check:
             print(
-                f"{options.page.name} is not what the results files give; run `python benchmarks/report.py`"
+                f"{path.name} is not what the results files give; run `python benchmarks/report.py`"
             )
-        return int(before != after)
-    options.page.write_text(after, encoding="utf-8")
-    print(f"written: {options.page.name}")
-    return 0
+        else:
+            path.write_text(written[path][1], encoding="utf-8")
+            print(f"written: {path.name}")
+    return int(options.check and bool(stale))
 
 
 if __name__ == "__main__":
