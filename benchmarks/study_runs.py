@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PACKAGES = ("compressed-ddp", "torch", "torchvision", "numpy")
 CURVE_POINTS = 60
+PATH_OPTIONS = ("--data-dir", "--output")
 
 sys.path.insert(0, str(REPOSITORY / "examples"))  # the examples are scripts, not a package
 
@@ -43,7 +44,7 @@ def run_arm(
     losses = [loss for record in figures["history"] for loss in record["losses"]]
     return {
         **arm,
-        "arguments": _without_folders(arguments),
+        "arguments": _without_paths(arguments),
         "held_out_loss": figures["held_out_loss"],
         "held_out_accuracy": figures["held_out_accuracy"],
         "held_out_accuracy_by_epoch": [
@@ -75,7 +76,7 @@ def provenance(runs: list[dict[str, Any]]) -> dict[str, Any]:
     shared = ("parameters", "held_out_name", "device", "processor", "cores")
     program = [Path(sys.executable).name, os.path.relpath(sys.argv[0], REPOSITORY)]
     about = {
-        "command": shlex.join([*program, *_without_folders(sys.argv[1:])]),
+        "command": shlex.join([*program, *_without_paths(sys.argv[1:])]),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "system": f"{platform.system()} {platform.machine()}",
@@ -107,14 +108,16 @@ def _means(losses: list[float]) -> list[dict[str, float]]:
     ]
 
 
-def _without_folders(arguments: list[str]) -> list[str]:
-    """Return the arguments with a folder of this machine replaced: it means nothing elsewhere."""
-    kept, after_option = [], False
+def _without_paths(arguments: list[str]) -> list[str]:
+    """Return the arguments with the paths of this machine replaced: they mean nothing elsewhere."""
+    kept: list[str] = []
     for argument in arguments:
-        if after_option or argument.startswith("--data-dir="):
-            argument = "DIR" if after_option else "--data-dir=DIR"
+        option, separator, _ = argument.partition("=")
+        if separator and option in PATH_OPTIONS:
+            argument = f"{option}=PATH"
+        elif kept and kept[-1] in PATH_OPTIONS:
+            argument = "PATH"
         kept.append(argument)
-        after_option = argument == "--data-dir"
     return kept
 
 

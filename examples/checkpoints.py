@@ -6,6 +6,10 @@ DIR/epoch_0003/rank_0.pt     what differs by process: random generator, state of
 Everything in them is tensors, numbers, strings, lists and dicts, so that
 torch.load(weights_only=True) reads them. training.pt is written last: a folder without it is a
 checkpoint that was cut short, and is passed over. All machines of the run have to see DIR.
+
+Bitwise holds for compressed runs of any size (scope "tensor") and dense runs of up to two
+processes. A dense ring of three or more adds in an order that depends on DDP's buckets, and these
+begin anew with every process: there the last bit of a sum may differ.
 """
 
 from __future__ import annotations

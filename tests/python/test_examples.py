@@ -185,13 +185,20 @@ def assert_bitwise_equal(then: Any, now: Any, place: str) -> None:
 
 def test_resume_with_another_number_of_processes_is_refused_with_words(
     compressed_run: tuple[Path, str, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["--dataset=digits", "--batch-size=32", "--compress", "--resume"]
-    arguments.append("--checkpoint-dir=checkpoints")
-    completed = run(sys.executable, EXAMPLES / "train.py", *arguments, cwd=compressed_run[0])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import train
 
-    assert completed.returncode == 1
-    assert "was written by 2 processes, this run has 1; start as many" in completed.stdout
+    arguments = ["--dataset=digits", "--batch-size=32", "--compress", "--resume"]
+    arguments.append(f"--checkpoint-dir={compressed_run[0] / 'checkpoints'}")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(arguments)
+
+    assert stopped.value.code == 1
+    message = capsys.readouterr().out
+    assert "was written by 2 processes, this run has 1; start as many" in message
 
 
 def test_checkpoint_holds_the_residuals_of_every_rank(
