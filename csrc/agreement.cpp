@@ -84,7 +84,13 @@ std::string describe_disagreement(std::span<const AgreementRecord> records) {
     fields.compare("number of parameters in the bucket", [](R r) { return r.num_segments; }, [](R r) { return show(r.num_segments); });
     fields.compare("numel of the bucket", [](R r) { return r.numel; }, [](R r) { return show(r.numel); });
     fields.compare("k (entries selected in the bucket)", [](R r) { return r.selected_numel; }, [](R r) { return show(r.selected_numel); });
-    fields.compare("layout of the bucket", [](R r) { return r.layout_hash; }, [](R r) { return show_hash(r.layout_hash); });
+    fields.compare("layout of the bucket", [](R r) { return r.structure_hash; }, [](R r) { return show_hash(r.structure_hash); });
+    // Buckets may agree one by one and one rank still have more of them.
+    bool all_bound = true;
+    for (R r : records) all_bound = all_bound && r.model_parameters != 0;
+    if (all_bound)
+      fields.compare(
+          "number of parameters of the model", [](R r) { return r.model_parameters; }, [](R r) { return show(r.model_parameters); });
     bool all_named = true;
     for (R r : records) all_named = all_named && r.names_hash != 0;
     if (all_named)

@@ -30,9 +30,9 @@ struct AgreementRecord {
   int64_t gradient_type = 0;
   int64_t numel = 0;
   int64_t num_segments = 0;
-  int64_t selected_numel = 0; // sum of k
-  int64_t payload_bytes = 0;
-  uint64_t layout_hash = 0;
+  int64_t selected_numel = 0;   // sum of k
+  int64_t model_parameters = 0; // of all buckets; 0 = this rank has not bound its model; compared only where all have
+  uint64_t structure_hash = 0;
   uint64_t exempt_hash = 0;
   uint64_t names_hash = 0; // 0 = this rank has no names; compared only where both have
   char bucket[64] = {};    // for the message: the name of the bucket's first parameter, cut off

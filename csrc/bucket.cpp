@@ -1,19 +1,14 @@
 #include "bucket.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include "cpu/decode_apply.h"
 #include "cpu/restore.h"
+#include "parallel_for.h"
 #include "wire_format.h"
 
 namespace compressed_ddp {
-namespace {
-
-const auto torch_parallel_for = [](int64_t count, auto&& function) { at::parallel_for(0, count, 1, function); };
-
-} // namespace
 
 GradientType gradient_type(const at::Tensor& gradient) {
   switch (gradient.scalar_type()) {
@@ -47,8 +42,10 @@ Bucket::Bucket(BucketKey key, Scope scope, int64_t min_compress_numel) : key_(st
   }
   identity_hash_ = structure_hash_;
   for (const EntryPtr& entry : key_.entries) { // neither changes when names become known later, or a state is loaded
-    if (entry->parameter.has_value()) identity_hash_ = hash_bytes(&entry->ordinal, sizeof entry->ordinal, identity_hash_);
-    else identity_hash_ = hash_bytes(entry->name.c_str(), entry->name.size() + 1, identity_hash_);
+    if (entry->parameter.has_value())
+      identity_hash_ = hash_bytes(&entry->ordinal, sizeof entry->ordinal, identity_hash_);
+    else
+      identity_hash_ = hash_bytes(entry->name.c_str(), entry->name.size() + 1, identity_hash_);
   }
 }
 
@@ -67,24 +64,31 @@ int64_t Bucket::numel() const {
   return numel;
 }
 
+Layout Bucket::make_layout(double density) const {
+  std::vector<int64_t> numels, groups, group_numels;
+  for (const Part& part : parts_) {
+    numels.push_back(part.numel);
+    if (part.dense) {
+      groups.push_back(kDenseGroup);
+      continue;
+    }
+    if (scope_ == Scope::kTensor || group_numels.empty()) group_numels.push_back(0);
+    group_numels.back() += part.numel;
+    groups.push_back(static_cast<int64_t>(group_numels.size()) - 1);
+  }
+  std::vector<int64_t> k;
+  for (const int64_t numel : group_numels) k.push_back(selection_k(density, numel));
+  return Layout::make(numels, groups, k);
+}
+
+int64_t Bucket::selected_numel(double density) const { return make_layout(density).selected_numel; }
+
 void Bucket::prepare(double density, int64_t world_size, ResidualStore* residuals, CompensateSelect::Scratch& scratch) {
   const bool error_feedback = residuals != nullptr;
   if (density == density_ && world_size == world_size_ && error_feedback == error_feedback_) return;
   if (density != density_) {
-    std::vector<int64_t> numels, groups, group_numels;
-    for (const Part& part : parts_) {
-      numels.push_back(part.numel);
-      if (part.dense) {
-        groups.push_back(kDenseGroup);
-        continue;
-      }
-      if (scope_ == Scope::kTensor || group_numels.empty()) group_numels.push_back(0);
-      group_numels.back() += part.numel;
-      groups.push_back(static_cast<int64_t>(group_numels.size()) - 1);
-    }
-    std::vector<int64_t> k;
-    for (const int64_t numel : group_numels) k.push_back(selection_k(density, numel));
-    layout_ = Layout::make(numels, groups, k);
+    density_ = 0; // half-built until the end, should an allocation fail
+    layout_ = make_layout(density);
     compensate_select_ = std::make_unique<CompensateSelect>(layout_);
     compensate_select_->use_scratch(scratch);
   }

@@ -46,8 +46,9 @@ class Bucket {
   Bucket(BucketKey key, Scope scope, int64_t min_compress_numel);
 
   const BucketKey& key() const { return key_; }
-  const Layout& layout() const { return layout_; }
-  int64_t world_size() const { return world_size_; }
+  // A tensor with a name of its own (all_reduce_) is used or skipped by itself; the buckets of a model are used together, by one
+  // optimizer step, or not at all.
+  bool is_independent() const { return !key_.entries.empty() && !key_.entries.front()->parameter.has_value(); }
   std::string name() const; // for messages: the first parameter's name or shape
 
   // Layout for this density and buffers for this world size; allocates only when one of them changed.
@@ -72,13 +73,18 @@ class Bucket {
   // The structure, and which parameters these are: two buckets of one structure are compared separately.
   uint64_t identity_hash() const { return identity_hash_; }
   int64_t numel() const;
+  int64_t selected_numel(double density) const; // sum of k
 
+  bool failed = false; // its exchange failed or the result was non-finite; guarded by the engine's progress mutex
   BucketStep last;
-  // Kept until the next use of this bucket, so that neither is destroyed on a worker thread of the process group.
+  // Kept until they are dropped at a defined place, so that neither is destroyed on a worker thread of the process group. `result`
+  // only when it is a Python object.
   c10::intrusive_ptr<c10d::Work> work;
   c10::IValue result;
 
  private:
+  Layout make_layout(double density) const;
+
   struct Part { // one segment of the layout
     size_t entry;
     int64_t offset; // in the entry

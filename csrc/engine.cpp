@@ -20,12 +20,14 @@ std::string text_of(const std::exception& error) {
   return torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
 }
 
-std::exception_ptr failed_exchange(const Engine::Place& place, const std::exception& error) {
+std::exception_ptr failed_exchange(const Engine::Place& place, const std::exception& error, bool refused = false) {
   return std::make_exception_ptr(std::runtime_error(
       "compressed_ddp: the exchange of the bucket that begins with '" + place.bucket + "' failed at step " + std::to_string(place.step) +
       " on rank " + std::to_string(place.rank) + " of " + std::to_string(place.world_size) + ": " + text_of(error) +
-      ". Usually another rank has died or is stalled beyond the process group's timeout: look for the first error in the other ranks' "
-      "logs. Nothing is lost here: what this rank had selected goes back into its residual, so state.state_dict() "
+      (refused ? ". That rank loaded another checkpoint, was reset or rolled forward alone, or runs another version. "
+               : ". Usually another rank has died or is stalled beyond the process group's timeout: look for the first error in the "
+                 "other ranks' logs. ") +
+      "Nothing is lost here: what this rank had selected goes back into its residual, so state.state_dict() "
       "can still be saved; then restart from the last checkpoint."));
 }
 
@@ -67,15 +69,21 @@ c10::intrusive_ptr<Future> Engine::run(const std::function<void(Request&)>& fill
   std::vector<c10::Device> devices;
   if (!buffer.is_cpu()) devices.push_back(buffer.device());
   auto future = c10::make_intrusive<Future>(std::move(result_type), std::move(devices));
+  const std::lock_guard lock(mutex_);
+  Request request;
+  request.buffer = std::move(buffer);
+  request.result = std::move(result);
+  request.future = future;
   try {
-    const std::lock_guard lock(mutex_);
-    Request request;
-    request.buffer = std::move(buffer);
-    request.result = std::move(result);
-    request.future = future;
     fill(request);
-    reduce(std::move(request));
+    request.known = true;
+    reduce(request);
   } catch (...) {
+    // A bucket of this step that cannot even start: the optimizer will not use the step, so the others have to give back what they
+    // sent. (Unless it would have begun a new step, or is another model's: then the step before was a good one.)
+    const bool repeats =
+        std::any_of(request.entries.begin(), request.entries.end(), [&](const EntryPtr& entry) { return entry->last_step == step_; });
+    if (request.begun || (request.known && !repeats)) mark_failed(request);
     future->setError(std::current_exception());
   }
   return future;
@@ -83,9 +91,6 @@ c10::intrusive_ptr<Future> Engine::run(const std::function<void(Request&)>& fill
 
 c10::intrusive_ptr<Future> Engine::reduce_bucket(c10d::GradBucket& bucket, c10::IValue result, c10::TypePtr result_type) {
   const auto fill = [&](Request& request) {
-    TORCH_CHECK_VALUE(!request.buffer.is_sparse(),
-                      "topk_ef_hook: expected a dense bucket, got a sparse gradient (an Embedding with sparse=True); use sparse=False for "
-                      "a model that is compressed");
     check_one_model(bucket);
     for (const at::Tensor& parameter : bucket.getParameters()) {
       request.entries.push_back(residuals_.of_parameter(parameter));
@@ -128,6 +133,9 @@ void Engine::check_one_model(const c10d::GradBucket& bucket) {
 }
 
 void Engine::check_entries(const Request& request) const {
+  TORCH_CHECK_VALUE(!request.buffer.is_sparse(),
+                    "topk_ef_hook: expected a dense bucket, got a sparse gradient (an Embedding with sparse=True); use sparse=False for "
+                    "a model that is compressed");
   gradient_type(request.buffer); // a refused bucket must not count as a step
   int64_t numel = request.presence_numel;
   for (const EntryPtr& entry : request.entries) numel += entry->numel;
@@ -147,18 +155,18 @@ void Engine::check_entries(const Request& request) const {
 
 // ---- steps
 
-void Engine::begin_step_if_repeated(const Request& request) {
+void Engine::begin_step_if_repeated(Request& request) {
   const bool repeated =
       std::any_of(request.entries.begin(), request.entries.end(), [&](const EntryPtr& entry) { return entry->last_step == step_; });
   if (repeated) {
     wait_until_idle();
-    settle(false);
+    settle();
     metrics_ = current_metrics();
     ++step_;
     step_buckets_.clear();
     agreement_bytes_ = 0;
   }
-  step_begun_ = true;
+  step_begun_ = request.begun = true;
   for (const EntryPtr& entry : request.entries) entry->last_step = step_;
 }
 
@@ -178,37 +186,42 @@ void Engine::wait_until_idle() {
   progress_->idle.wait(lock, [&] { return progress_->in_flight == 0; });
 }
 
-// What the last step sent is now either spent, or goes back because the optimizer did not use that step.
-void Engine::settle(bool restore_all) {
+bool Engine::gives_back(const Bucket& bucket) const { return bucket.failed || (progress_->step_is_bad && !bucket.is_independent()); }
+
+// What the last step sent is now either spent, or goes back because the optimizer did not use it.
+void Engine::settle() {
   const std::lock_guard lock(progress_->mutex);
   for (const auto& bucket : step_buckets_) {
-    if (progress_->step_is_bad || restore_all)
+    if (gives_back(*bucket))
       bucket->restore();
     else
       bucket->forget_sent();
+    bucket->failed = false;
+    bucket->work.reset(); // a dense step's work holds DDP's bucket
   }
   progress_->step_is_bad = false;
 }
 
 // ---- the path
 
-void Engine::reduce(Request request) {
+void Engine::reduce(Request& request) {
   check_entries(request);
   const c10::intrusive_ptr<c10d::ProcessGroup> process_group = process_group_.lock();
   TORCH_CHECK(process_group,
               "compressed_ddp: the process group is gone (destroy_process_group was called?); create a new TopKEFState, or a new "
               "process group before the next step");
   begin_step_if_repeated(request);
-  try {
-    if (!request.buffer.is_cpu() && !is_dense_step()) return reduce_through_host(std::move(request), process_group);
-    const std::shared_ptr<Bucket> bucket = bucket_of(request);
-    if (is_dense_step()) return reduce_dense(bucket, std::move(request), process_group);
-    reduce_sparse(bucket, std::move(request), process_group);
-  } catch (...) { // the optimizer will not use this step: its other buckets have to give back what they sent, too
-    const std::lock_guard lock(progress_->mutex);
-    progress_->step_is_bad = true;
-    throw;
-  }
+  if (!request.buffer.is_cpu()) return reduce_through_host(request, process_group);
+  const std::shared_ptr<Bucket> bucket = bucket_of(request);
+  if (is_dense_step()) return reduce_dense(bucket, request, process_group);
+  reduce_sparse(bucket, request, process_group);
+}
+
+void Engine::mark_failed(const Request& request) {
+  const bool independent = !request.entries.empty() && !request.entries.front()->parameter.has_value();
+  if (independent || !step_begun_) return; // its own bucket, if it came so far, has been marked
+  const std::lock_guard lock(progress_->mutex);
+  progress_->step_is_bad = true;
 }
 
 std::shared_ptr<Bucket> Engine::bucket_of(const Request& request) {
@@ -226,7 +239,7 @@ std::shared_ptr<Bucket> Engine::bucket_of(const Request& request) {
   return buckets_.emplace(first, std::make_shared<Bucket>(std::move(key), options_.scope, options_.min_compress_numel))->second;
 }
 
-void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, Request request,
+void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request,
                            const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const int64_t world_size = process_group->getSize();
   const auto rank = static_cast<uint32_t>(process_group->getRank());
@@ -253,32 +266,39 @@ void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, Request reques
 // thread of the process group, or right here when the collective is already done: no GIL, no other collective, no engine.
 void Engine::start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place,
                    const std::function<c10::intrusive_ptr<c10d::Work>()>& collective, std::function<bool()> apply) {
-  bucket->result = request.result;
+  bucket->result = request.result.isPyObject() ? request.result : c10::IValue();
   {
     const std::lock_guard lock(progress_->mutex);
     ++progress_->in_flight;
   }
-  const auto finish = [progress = progress_](bool bad) {
+  const auto finish = [progress = progress_, bucket](bool bad) {
     const std::lock_guard lock(progress->mutex);
-    progress->step_is_bad = progress->step_is_bad || bad;
+    bucket->failed = bucket->failed || bad;
+    progress->step_is_bad = progress->step_is_bad || (bad && !bucket->is_independent());
     --progress->in_flight;
     progress->idle.notify_all();
   };
+  c10::intrusive_ptr<Future> done;
   try {
     bucket->work = collective();
+    done = bucket->work->getFuture();
+    TORCH_CHECK(done, "the process group's backend gives no future for its work");
   } catch (const std::exception& error) {
     finish(true);
     std::rethrow_exception(failed_exchange(place, error));
   }
-  bucket->work->getFuture()->addCallback([finish, place, apply = std::move(apply), buffer = request.buffer, result = request.result,
-                                          future = request.future](Future& done) mutable {
+  done->addCallback([finish, place, apply = std::move(apply), buffer = request.buffer, result = request.result,
+                     future = request.future](Future& gathered) mutable {
     std::exception_ptr failure;
-    bool bad = false;
+    bool bad = false, arrived = false;
     try {
-      if (done.hasError()) std::rethrow_exception(done.exception_ptr());
+      if (gathered.hasError()) std::rethrow_exception(gathered.exception_ptr());
+      arrived = true;
       bad = apply();
     } catch (const std::exception& error) {
-      failure = failed_exchange(place, error);
+      failure = failed_exchange(place, error, arrived);
+    } catch (...) {
+      failure = std::current_exception();
     }
     finish(bad || failure != nullptr);
     if (failure != nullptr)
@@ -288,7 +308,7 @@ void Engine::start(const std::shared_ptr<Bucket>& bucket, const Request& request
   });
 }
 
-void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, Request request,
+void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& request,
                           const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const int64_t world_size = process_group->getSize();
   agree(*bucket, *process_group);
@@ -298,34 +318,30 @@ void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, Request request
   bucket->last.dense = true;
   bucket->last.gradient_bytes = bucket->last.payload_bytes = static_cast<double>(gradient_bytes);
   bucket->last.dense_bytes = bucket->last.bytes_sent = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
-  if (request.buffer.is_cpu()) {
-    const auto norm = at::linalg_vector_norm(request.buffer, 2, std::nullopt, false, at::kFloat).item<double>();
-    bucket->last.gradient_sq = bucket->last.sent_sq = norm * norm;
-  } else { // would have to wait for the device
-    bucket->last.gradient_sq = bucket->last.sent_sq = std::nan("");
-  }
+  const auto norm = at::linalg_vector_norm(request.buffer, 2, std::nullopt, false, at::kFloat).item<double>();
+  bucket->last.gradient_sq = bucket->last.sent_sq = norm * norm;
   step_buckets_.push_back(bucket);
-  request.buffer.div_(world_size); // before the sum, so that fp16 does not overflow
+  at::Tensor buffer = request.buffer;
+  buffer.div_(world_size); // before the sum, so that fp16 does not overflow
   const Place place{bucket->name(), step_, process_group->getRank(), static_cast<int>(world_size)};
-  if (request.buffer.is_cpu())
-    return start(bucket, request, place, [&] { return start_all_reduce(*process_group, request.buffer); }, [] { return false; });
-  bucket->work = start_all_reduce(*process_group, request.buffer);
-  bucket->work->wait(); // makes the current stream wait; the future then records it
-  request.future->markCompleted(request.result, storages_of(request.buffer));
+  start(bucket, request, place, [&] { return start_all_reduce(*process_group, buffer); }, [] { return false; });
 }
 
 // Devices without an engine of their own: through host memory, and done when the hook returns.
-void Engine::reduce_through_host(Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
+void Engine::reduce_through_host(const Request& request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   Request host = request;
   host.buffer = request.buffer.to(at::kCPU);
   host.result = c10::IValue(host.buffer);
   host.future = c10::make_intrusive<Future>(c10::TensorType::get());
-  const auto future = host.future;
-  const at::Tensor staged = host.buffer;
-  reduce_sparse(bucket_of(host), std::move(host), process_group);
-  future->waitAndThrow();
-  request.buffer.copy_(staged);
-  request.future->markCompleted(request.result, storages_of(request.buffer));
+  const std::shared_ptr<Bucket> bucket = bucket_of(host);
+  if (is_dense_step())
+    reduce_dense(bucket, host, process_group);
+  else
+    reduce_sparse(bucket, host, process_group);
+  host.future->waitAndThrow();
+  at::Tensor buffer = request.buffer;
+  buffer.copy_(host.buffer);
+  request.future->markCompleted(request.result, storages_of(buffer));
 }
 
 // ---- agreement
@@ -334,8 +350,9 @@ void Engine::agree(const Bucket& bucket, c10d::ProcessGroup& process_group) {
   const uint64_t structure = bucket.structure_hash();
   const bool dense = is_dense_step();
   const bool callable = static_cast<bool>(options_.density_of_step);
-  // With a callable density any step may change k, on one rank alone if the callable is wrong: compare once in every step.
-  const bool compare_step = callable && !dense && agreed_step_ != step_;
+  // With a callable density any step may change k, on one rank alone if the callable is wrong; and a dense all-reduce carries no
+  // header that could show another step. Then the ranks compare once in every step.
+  const bool compare_step = (callable || dense) && agreed_step_ != step_;
   if (agreed_.contains(bucket.identity_hash()) && !compare_step) return;
   check_cpu_backend(process_group);
 
@@ -353,7 +370,9 @@ void Engine::agree(const Bucket& bucket, c10d::ProcessGroup& process_group) {
   record.gradient_type = static_cast<int64_t>(bucket.key().type);
   record.numel = bucket.numel();
   record.num_segments = static_cast<int64_t>(bucket.key().entries.size());
-  record.layout_hash = structure;
+  record.structure_hash = structure;
+  record.selected_numel = dense ? 0 : bucket.selected_numel(record.density);
+  record.model_parameters = residuals_.num_bound();
   record.exempt_hash = record.names_hash = kHashSeed;
   bool named = true;
   for (const EntryPtr& entry : bucket.key().entries) {

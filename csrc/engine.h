@@ -63,6 +63,7 @@ class Engine {
                                                             const std::vector<uint8_t>& unused, c10::IValue result,
                                                             c10::TypePtr result_type);
 
+  void bind(const std::vector<NamedParameter>& parameters);
   int64_t completed_steps(); // synchronised steps begun so far
   void rollback();           // the last step was not applied: restore what it sent
   void reset();
@@ -97,26 +98,32 @@ class Engine {
     std::vector<EntryPtr> entries;
     std::vector<uint8_t> unused; // per entry
     int64_t presence_numel = 0;
+    bool known = false; // its entries are this engine's
+    bool begun = false; // it belongs to the current step
     c10::IValue result;
     c10::intrusive_ptr<c10::ivalue::Future> future;
   };
 
   c10::intrusive_ptr<c10::ivalue::Future> run(const std::function<void(Request&)>& fill, at::Tensor buffer, c10::IValue result,
                                               c10::TypePtr result_type);
-  void reduce(Request request);
-  void reduce_through_host(Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
-  void reduce_sparse(const std::shared_ptr<Bucket>& bucket, Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
-  void reduce_dense(const std::shared_ptr<Bucket>& bucket, Request request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
+  void reduce(Request& request);
+  void mark_failed(const Request& request);
+  void reduce_through_host(const Request& request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
+  void reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request,
+                     const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
+  void reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& request,
+                    const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
   void start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place,
              const std::function<c10::intrusive_ptr<c10d::Work>()>& collective, std::function<bool()> apply);
-  void begin_step_if_repeated(const Request& request);
+  void begin_step_if_repeated(Request& request);
   void check_entries(const Request& request) const;
   void check_one_model(const c10d::GradBucket& bucket);
   std::shared_ptr<Bucket> bucket_of(const Request& request);
   double density_of_current_step();
   void agree(const Bucket& bucket, c10d::ProcessGroup& process_group);
   void wait_until_idle();
-  void settle(bool restore_all);
+  bool gives_back(const Bucket& bucket) const; // with the progress mutex held
+  void settle();
   Metrics current_metrics() const;
   bool is_dense_step() const { return step_ < options_.dense_steps; }
 

@@ -12,10 +12,15 @@ int64_t Engine::completed_steps() {
   return step_ + (step_begun_ ? 1 : 0);
 }
 
+void Engine::bind(const std::vector<NamedParameter>& parameters) {
+  const std::lock_guard lock(mutex_);
+  residuals_.bind(parameters);
+}
+
 void Engine::rollback() {
   const std::lock_guard lock(mutex_);
   wait_until_idle();
-  settle(true);
+  for (const auto& bucket : step_buckets_) bucket->restore();
 }
 
 void Engine::reset() {
@@ -35,17 +40,17 @@ void Engine::reset() {
 std::vector<std::pair<std::string, at::Tensor>> Engine::export_residuals() {
   const std::lock_guard lock(mutex_);
   wait_until_idle();
-  bool bad = false;
   {
+    // Nothing is forgotten yet: a good step stays open for rollback(), a bad one for its buckets that are still to come.
     const std::lock_guard progress_lock(progress_->mutex);
-    bad = progress_->step_is_bad;
+    for (const auto& bucket : step_buckets_)
+      if (gives_back(*bucket)) bucket->restore();
   }
-  if (bad) settle(false); // a good step stays open: rollback() may still follow
   return residuals_.export_residuals();
 }
 
-// The buckets that the ranks have compared stay compared: if only one rank loads in the middle of a run, it must not start a
-// comparison that the others do not take part in. Every payload carries its step, so the ranks notice at the next exchange.
+// Once ranks have compressed, the buckets that they have compared stay compared: if only one rank loads in the middle of a run, it
+// must not start a comparison that the others do not take part in. Every payload carries its step, so all notice at the next exchange.
 void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Tensor>>& residuals) {
   const std::lock_guard lock(mutex_);
   TORCH_CHECK_VALUE(!(has_compressed_ && step < options_.dense_steps),
@@ -53,6 +58,7 @@ void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Ten
                     " (dense_steps=", options_.dense_steps, "); call reset() on every rank first");
   wait_until_idle();
   residuals_.import_residuals(residuals);
+  if (!has_compressed_) agreed_.clear(); // all ranks are dense: they meet in a comparison in every step
   residuals_.forget_steps();
   buckets_.clear();
   step_buckets_.clear();
@@ -98,6 +104,9 @@ bool Engine::is_compressed(const at::Tensor& parameter) const {
 }
 
 void Engine::drop_results() {
+  // With the GIL held, so this must not wait: whoever holds the mutex may want the GIL. Later is early enough.
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock.owns_lock()) return;
   for (const auto& [first, bucket] : buckets_) bucket->result = {};
   for (const auto& bucket : step_buckets_) bucket->result = {};
 }

@@ -24,12 +24,11 @@ using release_gil = py::gil_scoped_release;
 c10::IValue python_result(const at::Tensor& tensor) { return torch::jit::toIValue(py::cast(tensor), c10::PyObjectType::get()); }
 
 template <typename Reduce>
-FuturePtr with_python_result(const at::Tensor& tensor, Reduce&& reduce) {
-  c10::IValue result = python_result(tensor);
+FuturePtr unlocked(Reduce&& reduce) {
   c10::intrusive_ptr<c10::ivalue::Future> future;
   {
     const release_gil released;
-    future = reduce(std::move(result), c10::PyObjectType::get());
+    future = reduce();
   }
   return std::make_shared<torch::jit::PythonFutureWrapper>(std::move(future));
 }
@@ -137,38 +136,34 @@ PYBIND11_MODULE(_C, m) {
              std::vector<NamedParameter> named;
              named.reserve(parameters.size());
              for (const auto& [name, parameter, exempt] : parameters) named.push_back({name, parameter, exempt});
-             engine.residuals().bind(named);
+             const release_gil released;
+             engine.bind(named);
            })
       .def("is_bound", [](Engine& engine) { return engine.residuals().is_bound(); })
       .def("reduce_bucket",
            [](Engine& engine, c10d::GradBucket& bucket) {
-             return with_python_result(bucket.getBuffer(), [&](c10::IValue result, c10::TypePtr type) {
-               return engine.reduce_bucket(bucket, std::move(result), std::move(type));
-             });
+             c10::IValue result = python_result(bucket.getBuffer());
+             return unlocked([&] { return engine.reduce_bucket(bucket, std::move(result), c10::PyObjectType::get()); });
            })
       .def("reduce_named",
            [](Engine& engine, const at::Tensor& buffer, const at::Tensor& result, const std::string& name,
               const std::vector<int64_t>& segments, bool exempt) {
-             const std::vector<int64_t> sizes = result.sizes().vec();
-             return with_python_result(result, [&](c10::IValue value, c10::TypePtr type) {
-               return engine.reduce_named(buffer, name, sizes, segments, exempt, std::move(value), std::move(type));
-             });
+             return unlocked(
+                 [&] { return engine.reduce_named(buffer, name, result.sizes().vec(), segments, exempt, result, c10::TensorType::get()); });
            })
       .def("reduce_parameters",
            [](Engine& engine, const at::Tensor& buffer, const std::vector<at::Tensor>& parameters, const std::vector<uint8_t>& unused) {
-             return with_python_result(buffer, [&](c10::IValue value, c10::TypePtr type) {
-               return engine.reduce_parameters(buffer, parameters, unused, std::move(value), std::move(type));
-             });
+             return unlocked([&] { return engine.reduce_parameters(buffer, parameters, unused, buffer, c10::TensorType::get()); });
            })
       .def("completed_steps", &Engine::completed_steps, py::call_guard<release_gil>())
       .def("rollback", &Engine::rollback, py::call_guard<release_gil>())
       .def("reset", &Engine::reset, py::call_guard<release_gil>())
       .def("export_residuals", &Engine::export_residuals, py::call_guard<release_gil>())
       .def("load", &Engine::load, py::call_guard<release_gil>())
-      .def("waiting_names", [](Engine& engine) { return engine.residuals().waiting_names(); })
       .def("metrics",
            [](Engine& engine) {
              Metrics metrics;
+             engine.drop_results(); // the GIL is held, and after backward() nobody needs them
              {
                const release_gil released;
                metrics = engine.metrics();

@@ -1,6 +1,5 @@
 // The stages as torch.ops.compressed_ddp.*: checks, then the torch-free core under at::parallel_for. Schemas may change until 1.0.
 // python/compressed_ddp/ops.py documents them and holds the fake kernels.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -11,12 +10,11 @@
 #include "cpu/decode_apply.h"
 #include "cpu/encode.h"
 #include "cpu/restore.h"
+#include "parallel_for.h"
 #include "wire_format.h"
 
 namespace compressed_ddp {
 namespace {
-
-const auto torch_parallel_for = [](int64_t count, auto&& function) { at::parallel_for(0, count, 1, function); };
 
 Layout make_layout(const char* op, at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k) {
   try {

@@ -1,6 +1,7 @@
 #include "residuals.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/all.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
@@ -23,6 +24,11 @@ std::vector<int64_t> row_major_strides(c10::IntArrayRef sizes) {
   return strides;
 }
 
+// How a parameter lies in a bucket: the same rule as the reducer's bucket views.
+std::vector<int64_t> bucket_strides(const at::Tensor& parameter) {
+  return parameter.is_non_overlapping_and_dense() ? parameter.strides().vec() : row_major_strides(parameter.sizes());
+}
+
 } // namespace
 
 EntryPtr ResidualStore::make_entry(const at::Tensor& parameter) {
@@ -30,8 +36,7 @@ EntryPtr ResidualStore::make_entry(const at::Tensor& parameter) {
   entry->ordinal = next_ordinal_++;
   entry->parameter = c10::weak_intrusive_ptr<c10::TensorImpl>(parameter.getIntrusivePtr());
   entry->sizes = parameter.sizes().vec();
-  // The same rule as the reducer's bucket views.
-  entry->strides = parameter.is_non_overlapping_and_dense() ? parameter.strides().vec() : row_major_strides(parameter.sizes());
+  entry->strides = bucket_strides(parameter);
   entry->numel = parameter.numel();
   entry->segment_numels = {entry->numel};
   entry->is_vector = parameter.dim() <= 1;
@@ -115,7 +120,11 @@ EntryPtr ResidualStore::of_name(const std::string& name, const std::vector<int64
 }
 
 void ResidualStore::ensure_residual(Entry& entry) {
-  if (!entry.residual.defined()) entry.residual = at::zeros({entry.numel}, at::dtype(at::kFloat));
+  if (entry.residual.defined()) return;
+  if (entry.parameter.has_value()) { // its memory order may have changed since it was bound: net.to(memory_format=...)
+    if (const auto parameter = entry.parameter->lock()) entry.strides = bucket_strides(at::Tensor(parameter));
+  }
+  entry.residual = at::zeros({entry.numel}, at::dtype(at::kFloat));
 }
 
 void ResidualStore::take_waiting(Entry& entry) {
@@ -131,7 +140,7 @@ void ResidualStore::take_waiting(Entry& entry) {
 
 std::vector<std::pair<std::string, at::Tensor>> ResidualStore::export_residuals() const {
   for (const auto& [impl, entry] : by_parameter_)
-    TORCH_CHECK_VALUE(!entry->residual.defined() || !entry->name.empty(),
+    TORCH_CHECK_VALUE(!entry->name.empty(),
                       "TopKEFState.state_dict: the parameters have no names yet, and residuals are saved by name; call state.bind(model), "
                       "or pass named_parameters=model.named_parameters()");
   std::vector<std::pair<std::string, at::Tensor>> residuals;
@@ -145,6 +154,8 @@ void ResidualStore::import_residuals(const std::vector<std::pair<std::string, at
   for (const auto& [name, residual] : residuals) {
     TORCH_CHECK_VALUE(residual.scalar_type() == at::kFloat, "TopKEFState.load_state_dict: expected the residual of '", name,
                       "' as float32, got ", residual.scalar_type());
+    TORCH_CHECK_VALUE(residual.isfinite().all().item<bool>(), "TopKEFState.load_state_dict: the residual of '", name,
+                      "' holds Inf or NaN, which would stay for ever; the file is damaged, start without residuals");
     const auto found = by_name_.find(name);
     TORCH_CHECK_VALUE(found == by_name_.end() || residual.sizes() == c10::IntArrayRef(found->second->sizes),
                       "TopKEFState.load_state_dict: the residual of '", name, "' has shape ", shape_text(residual.sizes()),
@@ -156,12 +167,6 @@ void ResidualStore::import_residuals(const std::vector<std::pair<std::string, at
   for (const auto& [name, residual] : residuals)
     waiting_.insert_or_assign(name, residual.detach().to(at::kCPU).clone(at::MemoryFormat::Contiguous));
   for (auto& [name, entry] : by_name_) take_waiting(*entry);
-}
-
-std::vector<std::string> ResidualStore::waiting_names() const {
-  std::vector<std::string> names;
-  for (const auto& [name, residual] : waiting_) names.push_back(name);
-  return names;
 }
 
 void ResidualStore::reset() {

@@ -45,6 +45,7 @@ class ResidualStore {
   // Names (and the exempt rule) become known. A second call with the same parameters changes nothing; other parameters: ValueError.
   void bind(const std::vector<NamedParameter>& parameters);
   bool is_bound() const { return bound_; }
+  int64_t num_bound() const { return bound_ ? static_cast<int64_t>(by_parameter_.size()) : 0; } // tied parameters count once
 
   // The entry of a parameter; a new one when nothing is bound, ValueError when it is not among the bound ones.
   EntryPtr of_parameter(const at::Tensor& parameter);
@@ -60,7 +61,6 @@ class ResidualStore {
   // Replaces everything; each waits until its name comes. Shapes are checked then, or now where the name is known.
   void import_residuals(const std::vector<std::pair<std::string, at::Tensor>>& residuals);
   bool has_waiting() const { return !waiting_.empty(); }
-  std::vector<std::string> waiting_names() const;
 
   // Forgets values and the names given to all_reduce_, keeps the names of parameters. Buckets made before must not be used again.
   void reset();

@@ -86,7 +86,11 @@ def joined(options: argparse.Namespace) -> Iterator[Processes]:
         raise SystemExit(
             "train.py: --backend nccl needs CUDA devices; use --backend gloo or --device cuda"
         )
-    distributed.init_process_group(backend, device_id=device if backend == "nccl" else None)
+    if backend == "nccl" and options.compress:
+        # Payloads go through host memory until compressed_ddp has a CUDA engine: a group for both.
+        distributed.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        distributed.init_process_group(backend, device_id=device if backend == "nccl" else None)
     try:
         yield Processes(
             distributed.get_rank(), distributed.get_world_size(), local_rank, device, grouped=True

@@ -8,7 +8,6 @@ namespace {
 
 // 256 KiB of residual per block: block, candidates and gradient stay in a 512 KiB second-level cache between filter and store.
 constexpr int64_t kBlockNumel = 65536;
-constexpr int64_t kBlockStride = kBlockNumel + kFilterSlack; // a block's share of the candidate scratch
 
 // The sample: whole cache lines of 16 entries, one per 4096, at least 64 lines; small groups are sampled whole.
 // Density 0.01 of 25 MiB: 256 sampled entries above the k-th, so the margin below costs about 40 % more candidates.
@@ -65,6 +64,8 @@ CompensateSelect::CompensateSelect(const Layout& layout, const FilterKernels& ke
         block.numel = static_cast<int32_t>(std::min(kBlockNumel, segment.numel - at));
         block.segment = s;
         block.group = group_index;
+        block.scratch_offset = scratch_numel_;
+        scratch_numel_ += block.numel + kFilterSlack;
         blocks_.push_back(block);
       }
     }
@@ -76,11 +77,10 @@ CompensateSelect::CompensateSelect(const Layout& layout, const FilterKernels& ke
 void CompensateSelect::begin(const CompensateSelectArguments& arguments) {
   arguments_ = arguments;
   // Only the pages that candidates really reach are ever touched, so a generous share per block costs address space, not memory.
-  const int64_t needed = num_blocks() * kBlockStride;
-  if (scratch_->numel < needed) {
-    scratch_->values.reset(new float[static_cast<size_t>(needed)]);
-    scratch_->indices.reset(new int32_t[static_cast<size_t>(needed)]);
-    scratch_->numel = needed;
+  if (scratch_->numel < scratch_numel_) {
+    scratch_->values.reset(new float[static_cast<size_t>(scratch_numel_)]);
+    scratch_->indices.reset(new int32_t[static_cast<size_t>(scratch_numel_)]);
+    scratch_->numel = scratch_numel_;
   }
   for (Block& block : blocks_) {
     block.unused = arguments.unused != nullptr && arguments.unused[block.segment] != 0;
@@ -92,8 +92,12 @@ void CompensateSelect::begin(const CompensateSelectArguments& arguments) {
 float* CompensateSelect::residual_of(const Block& block) const {
   return arguments_.residuals == nullptr ? nullptr : arguments_.residuals[block.segment] + block.segment_offset;
 }
-float* CompensateSelect::candidate_values(int64_t block) const { return scratch_->values.get() + block * kBlockStride; }
-int32_t* CompensateSelect::candidate_indices(int64_t block) const { return scratch_->indices.get() + block * kBlockStride; }
+float* CompensateSelect::candidate_values(int64_t block) const {
+  return scratch_->values.get() + blocks_[static_cast<size_t>(block)].scratch_offset;
+}
+int32_t* CompensateSelect::candidate_indices(int64_t block) const {
+  return scratch_->indices.get() + blocks_[static_cast<size_t>(block)].scratch_offset;
+}
 
 FilterArguments CompensateSelect::filter_arguments(int64_t index) const {
   const Block& block = blocks_[static_cast<size_t>(index)];

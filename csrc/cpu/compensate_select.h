@@ -77,12 +77,13 @@ class CompensateSelect {
     int32_t segment;
     int32_t group;
     bool unused = false;
-    FilterResult filtered; // of this call
-    int64_t greater = 0;   // candidates above the threshold
-    int64_t equal = 0;     // candidates at it
-    int64_t zeros = 0;     // zero entries taken because the group has fewer than k non-zero ones
-    int64_t out = 0;       // where its first selected entry goes
-    int64_t ties = 0;      // of `equal`, how many are selected
+    int64_t scratch_offset = 0; // of its candidates
+    FilterResult filtered;      // of this call
+    int64_t greater = 0;        // candidates above the threshold
+    int64_t equal = 0;          // candidates at it
+    int64_t zeros = 0;          // zero entries taken because the group has fewer than k non-zero ones
+    int64_t out = 0;            // where its first selected entry goes
+    int64_t ties = 0;           // of `equal`, how many are selected
     double sent_sq = 0;
     double rejected_sq = 0;
   };
@@ -108,6 +109,7 @@ class CompensateSelect {
   std::vector<GroupState> groups_;
   const FilterKernels& kernels_;
   CompensateSelectArguments arguments_{};
+  int64_t scratch_numel_ = 0;
   Scratch own_scratch_;
   Scratch* scratch_ = &own_scratch_;
 };

@@ -17,6 +17,20 @@ constexpr int64_t kTileNumel = 8192; // 32 KiB of fp32 sums: the first-level dat
 // every line before it is overwritten.
 constexpr int64_t kStreamBytes = 8 << 20;
 
+// Denormals are summed as they are, whatever torch.set_flush_denormal says on this thread: which thread decodes is a matter of timing,
+// and every rank must get the same bits.
+class KeepDenormals {
+#if defined(__SSE2__)
+ public:
+  KeepDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~kFlushBits); }
+  ~KeepDenormals() { _mm_setcsr(before_); }
+
+ private:
+  static constexpr unsigned kFlushBits = 0x8040; // flush to zero, denormals are zero
+  unsigned before_;
+#endif
+};
+
 // Scales a tile, stores it and clears the sums. Returns 0 when every result is finite, NaN otherwise: x * 0 is NaN for Inf and NaN.
 float scale_and_store(float* sums, int64_t numel, float scale, float* out, bool stream) {
   int64_t i = 0;
@@ -139,6 +153,7 @@ bool any_non_finite(const Layout& layout, const uint8_t* gathered, int64_t world
 int64_t num_decode_tiles(const Layout& layout) { return (layout.numel + kTileNumel - 1) / kTileNumel; }
 
 bool decode_apply_tiles(const Layout& layout, const DecodeApplyArguments& arguments, int64_t begin, int64_t end) {
+  [[maybe_unused]] const KeepDenormals keep_denormals;
   switch (arguments.type) {
     case GradientType::kFloat32:
       return decode_apply_typed<float>(layout, arguments, begin, end);

@@ -5,6 +5,7 @@ loaded: with another torch the loader would only name an undefined C++ symbol, o
 """
 
 import importlib.util
+import re
 import sys
 
 _OLDEST_TORCH = (2, 11)
@@ -23,7 +24,8 @@ def _import_torch() -> str:
             f"compressed_ddp needs torch >= {oldest}, which is not installed; run `pip install 'torch>={oldest}'`, then {_REBUILD}"
         ) from None
     version = torch.__version__.split("+")[0]
-    if tuple(map(int, version.split(".")[:2])) < _OLDEST_TORCH:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) < _OLDEST_TORCH:
         raise ImportError(
             f"compressed_ddp needs torch >= {oldest}, but torch {version} is installed; "
             f"run `pip install 'torch>={oldest}'`, then {_REBUILD}"

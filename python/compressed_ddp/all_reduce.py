@@ -33,6 +33,9 @@ def all_reduce_(
     Returns:
         `tensor`, or the future.
 
+    A result that is not finite, or an exchange that failed, gives back to the residual what was sent under this name; other names of
+    the same step are not touched, since they may have been used already.
+
     Raises:
         ValueError: segments that do not add up, a name that stood for another shape, another dtype.
         RuntimeError: the ranks disagree, or the exchange failed; the residual has lost nothing.

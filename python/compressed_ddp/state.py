@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -58,49 +58,34 @@ class TopKEFState:
         exempt: Exempt = (),
         named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
     ) -> None:
-        if not callable(density):
-            if isinstance(density, bool) or not isinstance(density, (int, float)):
-                raise TypeError(
-                    f"TopKEFState: density must be a number in (0, 1] or a callable of the step, got {density!r}"
-                )
-            if not (0.0 < density <= 1.0) or math.isnan(density):
-                raise ValueError(f"TopKEFState: density must be in (0, 1], got {density!r}")
         if scope not in _SCOPES:
             raise ValueError(f"TopKEFState: scope must be one of {_SCOPES}, got {scope!r}")
         if not isinstance(error_feedback, bool):
             raise TypeError(
                 f"TopKEFState: error_feedback must be True or False, got {error_feedback!r}"
             )
-        for option, value in (
-            ("dense_steps", dense_steps),
-            ("min_compress_numel", min_compress_numel),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"TopKEFState: {option} must be an integer >= 0, got {value!r}")
-            if value < 0:
-                raise ValueError(f"TopKEFState: {option} must be >= 0, got {value}")
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(
                 f"TopKEFState: process_group must be a torch.distributed.ProcessGroup or None, got "
                 f"{type(process_group).__name__}; the density is the second argument: TopKEFState(density=0.01)"
             )
         self.process_group = process_group
-        self.density = density
+        self.density = density if callable(density) else _checked_density(density)
         self.scope = scope
         self.error_feedback = error_feedback
-        self.dense_steps = dense_steps
-        self.min_compress_numel = min_compress_numel
+        self.dense_steps = _checked_integer("dense_steps", dense_steps)
+        self.min_compress_numel = _checked_integer("min_compress_numel", min_compress_numel)
         self._exempt = _exempt_rule(exempt)
         self._loaded_rank: tuple[int, int] | None = (
             None  # rank and world_size of a loaded state, until they are checked
         )
         self._used_rank: tuple[int, int] | None = None  # rank and world_size in the engine's group
         self._engine = _native._C.Engine(
-            density=density,
+            density=self.density,
             scope=scope,
             error_feedback=error_feedback,
-            dense_steps=dense_steps,
-            min_compress_numel=min_compress_numel,
+            dense_steps=self.dense_steps,
+            min_compress_numel=self.min_compress_numel,
             exempt_needs_names=self._exempt is not None,
         )
         if named_parameters is not None:
@@ -215,7 +200,10 @@ class TopKEFState:
         self._engine.rollback()
 
     def reset(self) -> None:
-        """Back to step 0 with zero residuals (dense steps included); names stay. Call it on every rank."""
+        """Back to step 0 with zero residuals (dense steps included); names stay.
+
+        Call it on every rank: a rank that resets alone takes part in other collectives than the rest, and the backend aborts or hangs.
+        """
         self._loaded_rank = None
         self._engine.reset()
 
@@ -235,11 +223,7 @@ class TopKEFState:
             "rank": rank,
             "world_size": world_size,
             "step": self.step,
-            "density": -1.0 if callable(self.density) else float(self.density),
-            "scope": self.scope,
-            "error_feedback": self.error_feedback,
-            "dense_steps": self.dense_steps,
-            "min_compress_numel": self.min_compress_numel,
+            **self._options(),
             "residuals": dict(self._engine.export_residuals()),
         }
 
@@ -272,16 +256,9 @@ class TopKEFState:
         step = int(state_dict["step"])
         if step < 0:
             raise ValueError(f"TopKEFState.load_state_dict: step must be >= 0, got {step}")
-        own = {
-            "density": -1.0 if callable(self.density) else float(self.density),
-            "scope": self.scope,
-            "error_feedback": self.error_feedback,
-            "dense_steps": self.dense_steps,
-            "min_compress_numel": self.min_compress_numel,
-        }
         differing = [
             f"{option} (saved {state_dict[option]!r}, now {value!r})"
-            for option, value in own.items()
+            for option, value in self._options().items()
             if option in state_dict and state_dict[option] != value
         ]
         if differing:
@@ -293,6 +270,16 @@ class TopKEFState:
         self._engine.load(step, list(state_dict["residuals"].items()))
         self._loaded_rank = loaded_rank
 
+    def _options(self) -> dict[str, Any]:
+        """The options that matter to a checkpoint."""
+        return {
+            "density": self.density if isinstance(self.density, float) else -1.0,
+            "scope": self.scope,
+            "error_feedback": self.error_feedback,
+            "dense_steps": self.dense_steps,
+            "min_compress_numel": self.min_compress_numel,
+        }
+
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self._used_rank is not None and self._engine.has_process_group():
             return self._used_rank  # may be the group of the registered model
@@ -301,6 +288,25 @@ class TopKEFState:
         if dist.is_initialized():
             return dist.get_rank(), dist.get_world_size()
         return self._loaded_rank or (0, 1)
+
+
+def _checked_density(density: Any) -> float:
+    if isinstance(density, bool) or not isinstance(density, numbers.Real):
+        raise TypeError(
+            f"TopKEFState: density must be a number in (0, 1] or a callable of the step, got {density!r}"
+        )
+    number = float(density)
+    if not 0.0 < number <= 1.0:
+        raise ValueError(f"TopKEFState: density must be in (0, 1], got {density!r}")
+    return number
+
+
+def _checked_integer(option: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"TopKEFState: {option} must be an integer >= 0, got {value!r}")
+    if value < 0:
+        raise ValueError(f"TopKEFState: {option} must be >= 0, got {value}")
+    return int(value)
 
 
 def _strip_wrappers(name: str) -> str:

@@ -20,8 +20,8 @@ AgreementRecord record_of(int64_t rank, int64_t world_size) {
   record.numel = 5000;
   record.num_segments = 3;
   record.selected_numel = 50;
-  record.payload_bytes = 512;
-  record.layout_hash = 0xabcdef;
+  record.model_parameters = 6;
+  record.structure_hash = 0xabcdef;
   record.exempt_hash = 0x11;
   record.names_hash = 0x22;
   std::strcpy(record.bucket, "layers.0.weight");
@@ -64,7 +64,8 @@ TEST(Agreement, EachFieldIsNamedWithTheValueOfEitherRank) {
       {"number of parameters in the bucket: rank 0 has 3, rank 2 has 4", [](auto& r) { r.num_segments = 4; }},
       {"numel of the bucket: rank 0 has 5000, rank 2 has 5001", [](auto& r) { r.numel = 5001; }},
       {"k (entries selected in the bucket): rank 0 has 50, rank 2 has 51", [](auto& r) { r.selected_numel = 51; }},
-      {"layout of the bucket: rank 0 has 0000000000abcdef, rank 2 has 0000000000abcdee", [](auto& r) { r.layout_hash = 0xabcdee; }},
+      {"layout of the bucket: rank 0 has 0000000000abcdef, rank 2 has 0000000000abcdee", [](auto& r) { r.structure_hash = 0xabcdee; }},
+      {"number of parameters of the model: rank 0 has 6, rank 2 has 7", [](auto& r) { r.model_parameters = 7; }},
       {"names of the parameters in the bucket: rank 0 has 0000000000000022, rank 2 has 0000000000000023",
        [](auto& r) { r.names_hash = 0x23; }},
   };

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from compressed_ddp import TopKEFState, reference, register, topk_ef_hook
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from compressed_ddp import TopKEFState, reference, register, topk_ef_hook
 
 both_entries = pytest.mark.parametrize("entry", ["python", "cpp"])
 both_scopes = pytest.mark.parametrize("scope", ["tensor", "bucket"])

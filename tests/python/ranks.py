@@ -25,7 +25,9 @@ import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
 # DistributedDataParallel imports torch._dynamo when it is constructed: two seconds that no rank should spend again.
-_context.set_forkserver_preload(["torch.nn.parallel", "torch.distributed", "torch._dynamo", "pytest", "compressed_ddp"])
+_context.set_forkserver_preload(
+    ["torch.nn.parallel", "torch.distributed", "torch._dynamo", "pytest", "compressed_ddp"]
+)
 
 GROUP_TIMEOUT_S = 20  # of the process group: a collective that waits longer fails
 RUN_TIMEOUT_S = 60  # of a whole run: longer counts as a hang

@@ -11,7 +11,6 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from compressed_ddp import TopKEFState, register, topk_ef_hook
 from ddp_models import (
     SHAPES,
     SMALL_BUCKETS,
@@ -37,6 +36,8 @@ from ddp_models import (
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from compressed_ddp import TopKEFState, register, topk_ef_hook
+
 UNUSED = {"find_unused_parameters": True, **SMALL_BUCKETS}
 UNUSED_MODES: dict[str, dict[str, Any]] = {
     "find_unused": UNUSED,
@@ -48,11 +49,15 @@ UNUSED_MODES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("mode", UNUSED_MODES)
 @both_scopes
 @both_entries
-def test_a_globally_unused_parameter_keeps_its_residual_and_its_grad_stays_none(entry: str, scope: str, mode: str) -> None:
+def test_a_globally_unused_parameter_keeps_its_residual_and_its_grad_stays_none(
+    entry: str, scope: str, mode: str
+) -> None:
     skip_unless_ddp_takes(**UNUSED_MODES[mode])
     special = {("second_weight", rank, step): None for rank in range(2) for step in (2, 4)}
     state = {"scope": scope, "dense_steps": 1}
-    case = Case(entry, 6, gradients_of=replace_in(integers, special), ddp=UNUSED_MODES[mode], state=state)
+    case = Case(
+        entry, 6, gradients_of=replace_in(integers, special), ddp=UNUSED_MODES[mode], state=state
+    )
     records = ranks.run(2, train_with_full_buckets, case)
     assert records[0].gradients[2]["second_weight"] is None
     assert_equals_oracle(records, case)
@@ -61,14 +66,28 @@ def test_a_globally_unused_parameter_keeps_its_residual_and_its_grad_stays_none(
         steps = [step for step in range(case.steps) if records[0].gradients[step][name] is not None]
         received = 2 * sum(records[0].gradients[step][name] for step in steps)
         produced = sum(case.gradients(rank, step)[name] for rank in range(2) for step in steps)
-        assert torch.equal(received + records[0].residuals[name] + records[1].residuals[name], produced)
+        assert torch.equal(
+            received + records[0].residuals[name] + records[1].residuals[name], produced
+        )
 
 
 @both_scopes
 @both_entries
-def test_a_parameter_used_on_one_rank_only_takes_nothing_from_the_other_ranks_residual(entry: str, scope: str) -> None:
-    special = {("third_weight", 0, 2): None, ("third_weight", 1, 3): None, ("first_weight", 1, 3): None}
-    case = Case(entry, 5, gradients_of=replace_in(normal, special), ddp=UNUSED, state={"scope": scope, "dense_steps": 1})
+def test_a_parameter_used_on_one_rank_only_takes_nothing_from_the_other_ranks_residual(
+    entry: str, scope: str
+) -> None:
+    special = {
+        ("third_weight", 0, 2): None,
+        ("third_weight", 1, 3): None,
+        ("first_weight", 1, 3): None,
+    }
+    case = Case(
+        entry,
+        5,
+        gradients_of=replace_in(normal, special),
+        ddp=UNUSED,
+        state={"scope": scope, "dense_steps": 1},
+    )
     assert_equals_oracle(ranks.run(2, train, case), case)
 
 
@@ -111,7 +130,9 @@ def test_no_sync_accumulates_and_the_sum_is_one_step(entry: str, bucket_view: bo
     assert_equals_oracle(records, Case(entry, 4, gradients_of=sum_of_two, ddp=ddp))
 
 
-def join_uneven(rank: int, world_size: int, case: Case, inputs: list[int], zero_grad_first: bool) -> Record:
+def join_uneven(
+    rank: int, world_size: int, case: Case, inputs: list[int], zero_grad_first: bool
+) -> Record:
     model, state = build(case)
     record = Record([], [], {}, [], "")
     with model.join():
@@ -128,19 +149,27 @@ def join_uneven(rank: int, world_size: int, case: Case, inputs: list[int], zero_
 
 @pytest.mark.parametrize("residual_flows", [True, False])
 @both_entries
-def test_join_a_rank_without_inputs_sends_its_residual_or_keeps_it_but_loses_nothing(entry: str, residual_flows: bool) -> None:
+def test_join_a_rank_without_inputs_sends_its_residual_or_keeps_it_but_loses_nothing(
+    entry: str, residual_flows: bool
+) -> None:
     """It goes on sending while its last .grad is there; after zero_grad() its parameters count as unused and the residual waits."""
     inputs = [3, 6]
     case = Case(entry, gradients_of=integers, state={"dense_steps": 1})
     records = ranks.run(2, join_uneven, case, inputs, residual_flows)
     oracle = Oracle(case, 2)
     for step in range(max(inputs)):
-        zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()} if residual_flows else {}
-        expected = oracle.step([case.gradients(rank, step) if step < inputs[rank] else zeros for rank in range(2)])
+        zeros = (
+            {name: torch.zeros(shape) for name, shape in SHAPES.items()} if residual_flows else {}
+        )
+        expected = oracle.step(
+            [case.gradients(rank, step) if step < inputs[rank] else zeros for rank in range(2)]
+        )
         for rank in range(2):
             if step < inputs[rank]:
                 for name, actual in records[rank].gradients[step].items():
-                    assert_same_bits(actual, expected[name], f"{name} on rank {rank} in step {step}")
+                    assert_same_bits(
+                        actual, expected[name], f"{name} on rank {rank} in step {step}"
+                    )
     for rank in range(2):
         assert_residuals(records[rank].residuals, oracle, rank)
 
@@ -168,7 +197,9 @@ def train_two_models_in_turn(rank: int, world_size: int, cases: list[Case]) -> l
             model.zero_grad()
             model(case.gradients(rank, step)).backward()
             record.gradients.append(gradients_on(model))
-            record.buckets.append([[name] for name in case.shapes])  # scope "tensor" does not depend on them
+            record.buckets.append(
+                [[name] for name in case.shapes]
+            )  # scope "tensor" does not depend on them
             del record.gradients[-1]["frozen"]
     for _, _, state, record in models:
         record.residuals = state.state_dict()["residuals"]
@@ -176,13 +207,20 @@ def train_two_models_in_turn(rank: int, world_size: int, cases: list[Case]) -> l
 
 
 @both_entries
-def test_several_models_with_a_state_each_and_with_frozen_parameters_and_buffers(entry: str) -> None:
-    cases = [Case(entry), Case(entry, gradients_of=integers, state={"density": 0.3, "dense_steps": 0})]
+def test_several_models_with_a_state_each_and_with_frozen_parameters_and_buffers(
+    entry: str,
+) -> None:
+    cases = [
+        Case(entry),
+        Case(entry, gradients_of=integers, state={"density": 0.3, "dense_steps": 0}),
+    ]
     for case, records in zip(cases, zip(*ranks.run(2, train_two_models_in_turn, cases))):
         assert_equals_oracle(list(records), case)
 
 
-def train_in_a_subset(rank: int, world_size: int, case: Case, members: list[int], state_has_group: bool) -> Record | None:
+def train_in_a_subset(
+    rank: int, world_size: int, case: Case, members: list[int], state_has_group: bool
+) -> Record | None:
     group = dist.new_group(members)
     if rank not in members:
         return None
@@ -204,7 +242,9 @@ def train_in_a_subset(rank: int, world_size: int, case: Case, members: list[int]
     return record
 
 
-@pytest.mark.parametrize(("entry", "state_has_group"), [("python", True), ("cpp", True), ("cpp", False)])
+@pytest.mark.parametrize(
+    ("entry", "state_has_group"), [("python", True), ("cpp", True), ("cpp", False)]
+)
 def test_a_group_of_some_ranks(entry: str, state_has_group: bool) -> None:
     case = Case(entry)
     records = ranks.run(3, train_in_a_subset, case, [0, 2], state_has_group)
@@ -272,7 +312,9 @@ def train_compiled(rank: int, world_size: int, entry: str, compiled: str) -> lis
         optimizer.zero_grad()
         step_model(inputs).square().mean().backward()
         optimizer.step()
-    assert sorted(state.state_dict()["residuals"]) == ["body.weight", "head.weight"], "names without wrappers' prefixes"
+    assert sorted(state.state_dict()["residuals"]) == ["body.weight", "head.weight"], (
+        "names without wrappers' prefixes"
+    )
     return [parameter.detach() for parameter in model.parameters()]
 
 
@@ -286,5 +328,3 @@ def test_torch_compile_trains_as_the_eager_model_does(entry: str, compiled: str)
     for ours, theirs, other_rank in zip(with_compile[0], eager[0], with_compile[1]):
         assert_same_bits(ours, other_rank, "replicas")
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-

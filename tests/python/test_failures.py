@@ -1,21 +1,15 @@
-"""What goes wrong around a step: killed and stalled peers, wrong bytes on the wire, groups that are gone, and the end of a process.
+"""What goes wrong around a step: killed and stalled peers, wrong bytes on the wire, and groups that are gone.
 
 After each of them the residual has lost nothing: it is what the oracle had before the failed step plus this rank's gradient.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import faulthandler
-import gc
 import math
 import os
-import pathlib
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -23,9 +17,19 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from compressed_ddp import TopKEFState, all_reduce_, reference
-from ddp_models import BucketRecorder, Case, Oracle, assert_same_bits, both_entries, build, gradients_on, integers
+from ddp_models import (
+    BucketRecorder,
+    Case,
+    Oracle,
+    assert_same_bits,
+    both_entries,
+    build,
+    gradients_on,
+    integers,
+)
 from torch import Tensor
+
+from compressed_ddp import TopKEFState, all_reduce_, reference
 
 VICTIM = 1
 
@@ -51,7 +55,9 @@ def failing(action: Callable[[], object]) -> tuple[str, float]:
     raise AssertionError("the step was to fail")
 
 
-def assert_nothing_lost(survived: Survived, case: Case, rank: int, world_size: int, failed_step: int) -> None:
+def assert_nothing_lost(
+    survived: Survived, case: Case, rank: int, world_size: int, failed_step: int
+) -> None:
     oracle = Oracle(case, world_size)
     for step in range(failed_step):
         oracle.step([case.gradients(r, step) for r in range(world_size)])
@@ -71,7 +77,9 @@ def kill(gradient: Tensor) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_until_a_peer_dies(rank: int, world_size: int, case: Case, fatal_parameter: str) -> Survived:
+def train_until_a_peer_dies(
+    rank: int, world_size: int, case: Case, fatal_parameter: str
+) -> Survived:
     model, state = build(case)
     for step in range(case.steps):
         model.zero_grad()
@@ -81,23 +89,42 @@ def train_until_a_peer_dies(rank: int, world_size: int, case: Case, fatal_parame
     model.zero_grad()
     message, seconds = failing(lambda: model(case.gradients(rank, case.steps)).backward())
     survived = Survived(message, seconds, state.state_dict()["residuals"], {})
-    survived.message_of_next_step, survived.seconds_of_next_step = failing(lambda: model(case.gradients(rank, 9)).backward())
+    survived.message_of_next_step, survived.seconds_of_next_step = failing(
+        lambda: model(case.gradients(rank, 9)).backward()
+    )
     return survived
 
 
-@pytest.mark.parametrize("fatal_parameter", ["third_bias", "first_weight"], ids=["before_its_first_hook", "after_its_first_hook"])
+@pytest.mark.parametrize(
+    "fatal_parameter",
+    ["third_bias", "first_weight"],
+    ids=["before_its_first_hook", "after_its_first_hook"],
+)
 @pytest.mark.parametrize("world_size", [2, 3])
 @both_entries
-def test_a_killed_peer_gives_words_at_once_and_a_residual_that_lost_nothing(entry: str, world_size: int, fatal_parameter: str) -> None:
+def test_a_killed_peer_gives_words_at_once_and_a_residual_that_lost_nothing(
+    entry: str, world_size: int, fatal_parameter: str
+) -> None:
     case = Case(entry, steps=3, gradients_of=integers, state={"dense_steps": 1})
-    outcomes = ranks.run(world_size, train_until_a_peer_dies, case, fatal_parameter, allow_death=True)
+    outcomes = ranks.run(
+        world_size, train_until_a_peer_dies, case, fatal_parameter, allow_death=True
+    )
     assert outcomes[VICTIM] == ranks.Died(-signal.SIGKILL)
     for rank, survived in enumerate(outcomes):
         if rank == VICTIM:
             continue
-        assert_says(survived.message, "failed at step 3", f"on rank {rank} of {world_size}", "another rank has died or is stalled", "other ranks' logs", r"state\.state_dict\(\)")
+        assert_says(
+            survived.message,
+            "failed at step 3",
+            f"on rank {rank} of {world_size}",
+            "another rank has died or is stalled",
+            "other ranks' logs",
+            r"state\.state_dict\(\)",
+        )
         assert_says(survived.message_of_next_step, "failed at step 4")
-        assert max(survived.seconds, survived.seconds_of_next_step) < 10, "at once, not after the timeout of the group"
+        assert max(survived.seconds, survived.seconds_of_next_step) < 10, (
+            "at once, not after the timeout of the group"
+        )
         assert_nothing_lost(survived, case, rank, world_size, failed_step=3)
 
 
@@ -106,12 +133,21 @@ def test_a_peer_killed_before_the_first_agreement_gives_the_same_words(entry: st
     case = Case(entry, steps=0, state={"dense_steps": 0})
     survived, died = ranks.run(2, train_until_a_peer_dies, case, "third_bias", allow_death=True)
     assert died == ranks.Died(-signal.SIGKILL)
-    assert_says(survived.message, "failed at step 0", "on rank 0 of 2", "another rank has died or is stalled")
+    assert_says(
+        survived.message,
+        "failed at step 0",
+        "on rank 0 of 2",
+        "another rank has died or is stalled",
+    )
     assert survived.seconds < 10
-    assert not any(residual.any() for residual in survived.residuals.values()), "nothing was selected yet"
+    assert not any(residual.any() for residual in survived.residuals.values()), (
+        "nothing was selected yet"
+    )
 
 
-def train_beside_a_stalled_peer(rank: int, world_size: int, case: Case, stalled_s: float) -> Survived:
+def train_beside_a_stalled_peer(
+    rank: int, world_size: int, case: Case, stalled_s: float
+) -> Survived:
     model, state = build(case)
     for step in range(case.steps):
         model.zero_grad()
@@ -129,7 +165,12 @@ def test_a_stalled_peer_is_an_error_after_the_groups_timeout_on_every_rank(entry
     outcomes = ranks.run(2, train_beside_a_stalled_peer, case, 8.0, group_timeout_s=3.0)
     assert 2.5 < outcomes[0].seconds < 7.5
     for rank, survived in enumerate(outcomes):
-        assert_says(survived.message, "failed at step 3", f"on rank {rank} of 2", "stalled beyond the process group's timeout")
+        assert_says(
+            survived.message,
+            "failed at step 3",
+            f"on rank {rank} of 2",
+            "stalled beyond the process group's timeout",
+        )
         assert_nothing_lost(survived, case, rank, 2, failed_step=3)
 
 
@@ -176,7 +217,15 @@ def flip(offset: int, bytes_: int) -> Callable[[Wire], None]:
 
 
 def random_bytes(wire: Wire) -> None:
-    wire.payload.copy_(torch.randint(0, 256, wire.payload.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
+    wire.payload.copy_(
+        torch.randint(
+            0,
+            256,
+            wire.payload.shape,
+            dtype=torch.uint8,
+            generator=torch.Generator().manual_seed(1),
+        )
+    )
 
 
 def nothing(wire: Wire) -> None:
@@ -207,7 +256,9 @@ CORRUPTIONS: dict[str, tuple[Callable[[Wire], None], str]] = {
 }
 
 
-def train_beside_a_peer_with_wrong_bytes(rank: int, world_size: int, case: Case, corruption: str) -> Survived | None:
+def train_beside_a_peer_with_wrong_bytes(
+    rank: int, world_size: int, case: Case, corruption: str
+) -> Survived | None:
     model, state = build(case)
     recorder = BucketRecorder(case)
     for step in range(case.steps):
@@ -223,7 +274,9 @@ def train_beside_a_peer_with_wrong_bytes(rank: int, world_size: int, case: Case,
             message = ""
         except RuntimeError as error:
             message = str(error)
-        return Survived(message, time.monotonic() - start, state.state_dict()["residuals"], gradients_on(model))
+        return Survived(
+            message, time.monotonic() - start, state.state_dict()["residuals"], gradients_on(model)
+        )
     # This rank speaks the protocol by hand.
     segments = [math.prod(case.shapes[name]) for name in names]
     oracle = Oracle(case, world_size)
@@ -234,9 +287,21 @@ def train_beside_a_peer_with_wrong_bytes(rank: int, world_size: int, case: Case,
     given = case.gradients(rank, case.steps)
     gradient = torch.cat([given[name].flatten() for name in names])
     saved = state.state_dict()["residuals"]
-    residual = torch.cat([saved.get(name, torch.zeros(case.shapes[name])).flatten() for name in names])
+    residual = torch.cat(
+        [saved.get(name, torch.zeros(case.shapes[name])).flatten() for name in names]
+    )
     values, indices, _ = reference.compensate_select_(gradient, residual, segments, groups, k)
-    payload = reference.encode(values, indices, gradient, segments, groups, k, rank=rank, world_size=world_size, step=case.steps)
+    payload = reference.encode(
+        values,
+        indices,
+        gradient,
+        segments,
+        groups,
+        k,
+        rank=rank,
+        world_size=world_size,
+        step=case.steps,
+    )
     CORRUPTIONS[corruption][0](Wire(payload, k, gradient.numel()))
     dist.all_gather_into_tensor(payload.new_empty(world_size * payload.numel()), payload)
     return None
@@ -244,7 +309,9 @@ def train_beside_a_peer_with_wrong_bytes(rank: int, world_size: int, case: Case,
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
 @both_entries
-def test_wrong_bytes_from_a_peer_are_refused_by_name_and_touch_nothing(entry: str, corruption: str) -> None:
+def test_wrong_bytes_from_a_peer_are_refused_by_name_and_touch_nothing(
+    entry: str, corruption: str
+) -> None:
     ddp = {"gradient_as_bucket_view": True}  # .grad is the bucket: it can be seen after a failure
     case = Case(entry, steps=3, gradients_of=integers, ddp=ddp, state={"dense_steps": 0})
     survived, _ = ranks.run(2, train_beside_a_peer_with_wrong_bytes, case, corruption)
@@ -257,7 +324,9 @@ def test_wrong_bytes_from_a_peer_are_refused_by_name_and_touch_nothing(entry: st
         for name, gradient in survived.gradients.items():
             assert_same_bits(gradient, expected[name], name)
         return
-    assert_says(survived.message, "the payload of rank 1", words, "on rank 0 of 2", "failed at step 3")
+    assert_says(
+        survived.message, "the payload of rank 1", words, "on rank 0 of 2", "failed at step 3"
+    )
     for name, gradient in survived.gradients.items():
         assert_same_bits(gradient, case.gradients(0, 3)[name], f"the bucket of {name} is untouched")
     assert_nothing_lost(survived, case, 0, 2, failed_step=3)
@@ -267,7 +336,9 @@ def reduce_after_destroy(rank: int, world_size: int) -> list[str]:
     state = TopKEFState(density=0.1, dense_steps=0)
     all_reduce_(torch.ones(64, 64), state, name="weights")
     dist.destroy_process_group()
-    return [failing(lambda: all_reduce_(torch.ones(64, 64), state, name="weights"))[0] for _ in range(2)]
+    return [
+        failing(lambda: all_reduce_(torch.ones(64, 64), state, name="weights"))[0] for _ in range(2)
+    ]
 
 
 def test_reducing_after_destroy_process_group_gives_words() -> None:
@@ -288,7 +359,9 @@ def train_across_destroy(rank: int, world_size: int, case: Case) -> list[dict[st
 
 
 @both_entries
-def test_a_model_keeps_its_group_alive_and_so_the_hook_goes_on_after_destroy_process_group(entry: str) -> None:
+def test_a_model_keeps_its_group_alive_and_so_the_hook_goes_on_after_destroy_process_group(
+    entry: str,
+) -> None:
     """As DDP without a hook does: its reducer owns a reference to the group. The engine only borrows it."""
     case = Case(entry)
     seen = ranks.run(2, train_across_destroy, case)
@@ -298,70 +371,3 @@ def test_a_model_keeps_its_group_alive_and_so_the_hook_goes_on_after_destroy_pro
         for gradients in seen:
             for name, gradient in gradients[step].items():
                 assert_same_bits(gradient, expected[name], f"{name} in step {step}")
-
-
-KEPT: list[object] = []  # module globals live until the interpreter takes itself apart
-
-
-def train_and_keep(rank: int, case: Case, keep: bool) -> None:
-    model, state = build(case)
-    for step in range(case.steps):
-        model(case.gradients(rank, step)).backward()
-    if keep:
-        KEPT.extend((model, state))
-
-
-def train_and_exit(rank: int, world_size: int, case: Case, keep: bool, destroy: bool) -> None:
-    faulthandler.cancel_dump_traceback_later()
-    gc.freeze()  # the end then visits this run's objects, not all of torch's, whose pages would be copied from the fork server
-    train_and_keep(rank, case, keep)
-    if destroy:
-        dist.destroy_process_group()
-    # A rank of the harness leaves through os._exit; this is how an ordinary script ends: finalise Python, then exit().
-    ctypes.pythonapi.Py_Exit(0)
-
-
-@pytest.mark.parametrize("destroy", [True, False], ids=["destroyed", "group_left_open"])
-@pytest.mark.parametrize("keep", [False, True], ids=["local", "global"])
-@both_entries
-def test_processes_end_with_exit_code_0(entry: str, keep: bool, destroy: bool) -> None:
-    """Together 32 processes for each entry: an abort in the last moments of a process is a race."""
-    case = Case(entry, steps=4)
-    for _ in range(4):
-        assert ranks.run(2, train_and_exit, case, keep, destroy, allow_death=True) == [ranks.Died(0)] * 2
-
-
-SCRIPT = """
-import sys
-import torch
-import torch.distributed as dist
-from compressed_ddp import TopKEFState, register, topk_ef_hook
-from torch.nn.parallel import DistributedDataParallel
-
-rank, entry, store = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-model = DistributedDataParallel(torch.nn.Linear(64, 64))
-state = TopKEFState(density=0.1, dense_steps=1)
-if entry == "cpp":
-    register(model, state)
-else:
-    model.register_comm_hook(state, topk_ef_hook)
-for _ in range(5):
-    model(torch.ones(2, 64)).sum().backward()
-print(state.step)
-"""
-
-
-@both_entries
-def test_a_script_that_cleans_nothing_up_ends_with_exit_code_0(entry: str, tmp_path: pathlib.Path) -> None:
-    arguments = [entry, str(tmp_path / "store")]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(rank), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        stdout, stderr = process.communicate(timeout=90)
-        assert (process.returncode, stdout.strip()) == (0, "5"), stderr

@@ -8,26 +8,26 @@ from collections.abc import Callable
 import pytest
 import ranks
 import torch
-from compressed_ddp import TopKEFState, register, topk_ef_hook
 from ddp_models import SMALL_BUCKETS, Case, GivenGradients, add_hook, both_entries
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from compressed_ddp import TopKEFState, register, topk_ef_hook
+
 
 def message_of(action: Callable[[], object], error: type[Exception]) -> str:
-    """The exact type matters: it is what a caller catches."""
-    try:
+    with pytest.raises(error) as raised:
         action()
-    except Exception as raised:
-        assert type(raised) is error, repr(raised)
-        return str(raised)
-    raise AssertionError(f"no {error.__name__} was raised")
+    assert raised.type is error, "the exact type matters: it is what a caller catches"
+    return str(raised.value)
 
 
 def assert_says(message: str, *words: str) -> None:
     for word in words:
         assert re.search(word, message), f"{word!r} is not in: {message}"
-    assert "Exception raised from" not in message and ".cpp:" not in message, "a C++ backtrace is no help"
+    assert "Exception raised from" not in message and ".cpp:" not in message, (
+        "a C++ backtrace is no help"
+    )
 
 
 def small_model() -> DistributedDataParallel:
@@ -52,7 +52,14 @@ def second_hook(rank: int, world_size: int, first: str, second: str) -> tuple[st
 def test_a_second_hook_is_refused_and_the_first_goes_on(first: str, second: str) -> None:
     message, works = ranks.run(1, second_hook, first, second)[0]
     assert works
-    assert_says(message, *(["only be called once"] if second == "python" else ["already has the communication hook topk_ef_hook", "DDP takes one"]))
+    assert_says(
+        message,
+        *(
+            ["only be called once"]
+            if second == "python"
+            else ["already has the communication hook topk_ef_hook", "DDP takes one"]
+        ),
+    )
 
 
 def foreign_hook_first(rank: int, world_size: int) -> str:
@@ -89,8 +96,12 @@ def no_ddp_model(rank: int, world_size: int) -> list[str]:
 
 def test_register_refuses_what_is_not_ddp_and_the_python_reducer() -> None:
     not_wrapped, python_reducer, tuple_bucket = ranks.run(1, no_ddp_model)[0]
-    assert_says(not_wrapped, "expected a DistributedDataParallel model, got Linear", "wrap the model first")
-    assert_says(python_reducer, "python_reducer", "leave torch._dynamo.config.optimize_ddp at its default")
+    assert_says(
+        not_wrapped, "expected a DistributedDataParallel model, got Linear", "wrap the model first"
+    )
+    assert_says(
+        python_reducer, "python_reducer", "leave torch._dynamo.config.optimize_ddp at its default"
+    )
     assert_says(tuple_bucket, "got tuple", "python_reducer", "leave it at its default")
 
 
@@ -144,27 +155,36 @@ def sparse_embedding(rank: int, world_size: int, entry: str) -> list[str]:
     model = DistributedDataParallel(WithEmbedding())
     add_hook(model, TopKEFState(dense_steps=0), entry)
     # Twice: the error must not leave the reducer in a state that hides it behind another one.
-    return [message_of(lambda: model(torch.tensor([1, 2, 3])).backward(), ValueError) for _ in range(2)]
+    return [
+        message_of(lambda: model(torch.tensor([1, 2, 3])).backward(), ValueError) for _ in range(2)
+    ]
 
 
 @both_entries
 def test_a_sparse_gradient_is_refused_each_time(entry: str) -> None:
     for messages in ranks.run(2, sparse_embedding, entry):
         for message in messages:
-            assert_says(message, "sparse gradient", "Embedding with sparse=True", "use sparse=False")
+            assert_says(
+                message, "sparse gradient", "Embedding with sparse=True", "use sparse=False"
+            )
 
 
 def double_precision(rank: int, world_size: int, entry: str) -> list[str]:
     model = DistributedDataParallel(nn.Linear(64, 64).double())
     add_hook(model, TopKEFState(dense_steps=0), entry)
-    return [message_of(lambda: model(torch.ones(1, 64).double()).sum().backward(), ValueError) for _ in range(2)]
+    return [
+        message_of(lambda: model(torch.ones(1, 64).double()).sum().backward(), ValueError)
+        for _ in range(2)
+    ]
 
 
 @both_entries
 def test_float64_is_refused_each_time(entry: str) -> None:
     for messages in ranks.run(2, double_precision, entry):
         for message in messages:
-            assert_says(message, "float32, float16 or bfloat16", "got Double", "DDP's own all-reduce")
+            assert_says(
+                message, "float32, float16 or bfloat16", "got Double", "DDP's own all-reduce"
+            )
 
 
 def without_names(rank: int, world_size: int) -> list[str]:
@@ -196,18 +216,26 @@ def without_names(rank: int, world_size: int) -> list[str]:
 
 def test_what_needs_names_says_so_and_works_once_they_are_there() -> None:
     exempt, save, load = ranks.run(1, without_names)[0]
-    assert_says(exempt, "exempt", r"state\.bind\(model\)", "named_parameters=model.named_parameters")
-    assert_says(save, "no names yet", r"state\.bind\(model\)", "named_parameters=model.named_parameters")
+    assert_says(
+        exempt, "exempt", r"state\.bind\(model\)", "named_parameters=model.named_parameters"
+    )
+    assert_says(
+        save, "no names yet", r"state\.bind\(model\)", "named_parameters=model.named_parameters"
+    )
     assert_says(load, "loaded state waits for the names", r"state\.bind\(model\)")
 
 
 def nothing_to_train(rank: int, world_size: int) -> str:
-    return message_of(lambda: DistributedDataParallel(nn.Linear(2, 2).requires_grad_(False)), RuntimeError)
+    return message_of(
+        lambda: DistributedDataParallel(nn.Linear(2, 2).requires_grad_(False)), RuntimeError
+    )
 
 
 def test_a_model_without_trainable_parameters_is_ddps_own_error() -> None:
     """Which is why neither entry has a check for it."""
-    assert_says(ranks.run(1, nothing_to_train)[0], "not needed when a module doesn't have any parameter")
+    assert_says(
+        ranks.run(1, nothing_to_train)[0], "not needed when a module doesn't have any parameter"
+    )
 
 
 def no_density(step: int) -> float:
@@ -220,7 +248,9 @@ def raising_density(step: int) -> float:
     return 0.5
 
 
-def bad_schedule(rank: int, world_size: int, entry: str, density: Callable[[int], float], error: type[Exception]) -> list[str]:
+def bad_schedule(
+    rank: int, world_size: int, entry: str, density: Callable[[int], float], error: type[Exception]
+) -> list[str]:
     model = small_model()
     add_hook(model, TopKEFState(density=density, dense_steps=0), entry)
     for step in range(2):

@@ -21,14 +21,17 @@ from ddp_models import (
     integers,
     replace_in,
 )
-from compressed_ddp import TopKEFState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from compressed_ddp import TopKEFState
 
 BAD_STEP = 3
 
 
-def train_and_look_at_residuals(rank: int, world_size: int, case: Case, rolled_back: int | None) -> list[tuple[dict[str, Tensor | None], dict[str, Tensor]]]:
+def train_and_look_at_residuals(
+    rank: int, world_size: int, case: Case, rolled_back: int | None
+) -> list[tuple[dict[str, Tensor | None], dict[str, Tensor]]]:
     model, state = build(case)
     seen = []
     for step in range(case.steps):
@@ -37,29 +40,50 @@ def train_and_look_at_residuals(rank: int, world_size: int, case: Case, rolled_b
         if step == rolled_back:
             state.rollback()
         look_every_step = rolled_back is None or step >= rolled_back
-        seen.append((gradients_on(model), state.state_dict()["residuals"] if look_every_step else {}))
+        seen.append(
+            (gradients_on(model), state.state_dict()["residuals"] if look_every_step else {})
+        )
     return seen
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("name", ["second_weight", "third_bias"], ids=["in_a_compressed_parameter", "in_a_dense_one"])
+@pytest.mark.parametrize(
+    "name", ["second_weight", "third_bias"], ids=["in_a_compressed_parameter", "in_a_dense_one"]
+)
 @both_scopes
 @both_entries
-def test_one_ranks_non_finite_value_makes_the_bucket_nan_on_every_rank_and_is_undone_in_all_buckets(entry: str, scope: str, name: str, value: float) -> None:
-    case = Case(entry, 6, gradients_of=replace_in(integers, {(name, 1, BAD_STEP): value}), state={"scope": scope})
+def test_one_ranks_non_finite_value_makes_the_bucket_nan_on_every_rank_and_is_undone_in_all_buckets(
+    entry: str, scope: str, name: str, value: float
+) -> None:
+    case = Case(
+        entry,
+        6,
+        gradients_of=replace_in(integers, {(name, 1, BAD_STEP): value}),
+        state={"scope": scope},
+    )
     seen = ranks.run(2, train_and_look_at_residuals, case, None)
     # DDP's buckets from the second step on, as ddp_models.SMALL_BUCKETS cuts them.
-    buckets = [["third_bias", "third_weight"], ["tiny_weight", "second_weight"], ["first_bias", "first_weight"]]
+    buckets = [
+        ["third_bias", "third_weight"],
+        ["tiny_weight", "second_weight"],
+        ["first_bias", "first_weight"],
+    ]
     oracle = Oracle(case, 2)
     for step in range(case.steps):
         expected = oracle.step([case.gradients(rank, step) for rank in range(2)], buckets)
         for rank in range(2):
             gradients, residuals = seen[rank][step]
             for parameter in SHAPES:
-                assert_same_bits(gradients[parameter], expected[parameter], f"{parameter} on rank {rank} in step {step}")
+                assert_same_bits(
+                    gradients[parameter],
+                    expected[parameter],
+                    f"{parameter} on rank {rank} in step {step}",
+                )
             if residuals:
                 assert_residuals(residuals, oracle, rank)
-    nan_in = {parameter for parameter, gradient in seen[0][BAD_STEP][0].items() if gradient.isnan().all()}
+    nan_in = {
+        parameter for parameter, gradient in seen[0][BAD_STEP][0].items() if gradient.isnan().all()
+    }
     assert nan_in == next(set(bucket) for bucket in buckets if name in bucket)
     assert not any(gradient.isnan().any() for gradient in seen[0][BAD_STEP + 1][0].values())
 
@@ -75,7 +99,9 @@ def test_rollback_gives_back_what_a_good_step_sent(entry: str) -> None:
         if step == 3:
             for rank in range(2):
                 for name in oracle.residuals[rank]:
-                    oracle.residuals[rank][name] = before[rank][name] + case.gradients(rank, step)[name]
+                    oracle.residuals[rank][name] = (
+                        before[rank][name] + case.gradients(rank, step)[name]
+                    )
         for rank in range(2):
             gradients, residuals = seen[rank][step]
             for name in SHAPES:
@@ -85,18 +111,24 @@ def test_rollback_gives_back_what_a_good_step_sent(entry: str) -> None:
 
 
 @both_entries
-def test_a_non_finite_value_in_a_dense_step_reaches_every_rank_and_leaves_no_trace(entry: str) -> None:
+def test_a_non_finite_value_in_a_dense_step_reaches_every_rank_and_leaves_no_trace(
+    entry: str,
+) -> None:
     case = Case(entry, 4, gradients_of=replace_in(integers, {("second_weight", 0, 1): math.inf}))
     seen = ranks.run(2, train_and_look_at_residuals, case, None)
     oracle = Oracle(case, 2)
     for step in range(case.steps):
         expected = oracle.step([case.gradients(rank, step) for rank in range(2)])
         for rank in range(2):
-            assert_same_bits(seen[rank][step][0]["second_weight"], expected["second_weight"], f"step {step}")
+            assert_same_bits(
+                seen[rank][step][0]["second_weight"], expected["second_weight"], f"step {step}"
+            )
     assert_residuals(seen[0][-1][1], oracle, 0)
 
 
-def train_with_a_scaler(rank: int, world_size: int, entry: str) -> tuple[list[float], list[Tensor], dict[str, Tensor]]:
+def train_with_a_scaler(
+    rank: int, world_size: int, entry: str
+) -> tuple[list[float], list[Tensor], dict[str, Tensor]]:
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(64, 32))
     state = TopKEFState(density=0.1, dense_steps=1)
