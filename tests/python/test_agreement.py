@@ -272,6 +272,35 @@ def test_one_rank_loads_another_step_while_all_are_in_the_dense_steps(entry: str
         assert seconds < 10
 
 
+def disagree_about_the_last_bucket(
+    rank: int, world_size: int, entry: str
+) -> tuple[str, bool, bool]:
+    case = Case(entry)
+    # Two buckets from the first step on: third_* is exchanged, then the one with the exempt parameter is refused.
+    model = DistributedDataParallel(
+        GivenGradients(case), find_unused_parameters=True, **SMALL_BUCKETS
+    )
+    state = TopKEFState(density=0.05, exempt=["^first"] if rank == 0 else [])
+    add_hook(model, state, entry)
+    state.load_state_dict(checkpoint(rank, world_size, 5))
+    before = state.state_dict()["residuals"]
+    given = case.gradients(rank, 0)
+    message, _ = error_of(lambda: model(given).backward())
+    after = state.state_dict()["residuals"]
+    came_back = torch.equal(after["third_weight"], before["third_weight"] + given["third_weight"])
+    unchanged = all(
+        torch.equal(after[name], before[name]) for name in ("first_weight", "second_weight")
+    )
+    return message, came_back, unchanged
+
+
+@both_entries
+def test_when_one_bucket_is_refused_the_others_give_back_what_they_sent(entry: str) -> None:
+    for message, came_back, unchanged in ranks.run(2, disagree_about_the_last_bucket, entry):
+        assert re.search(r"begins with 'first_\w+'.*exempt", message)
+        assert came_back and unchanged
+
+
 def falling(step: int) -> float:
     return 0.5 if step < 3 else 0.25
 
