@@ -101,7 +101,7 @@ void Bucket::prepare(double density, int64_t world_size, ResidualStore* residual
   }
   unused_.assign(parts_.size(), 0);
   payload_ = at::empty({payload_bytes(layout_)}, at::dtype(at::kByte));
-  gathered_ = at::empty({world_size, payload_bytes(layout_)}, at::dtype(at::kByte));
+  gathered_ = at::empty({world_size * payload_bytes(layout_)}, at::dtype(at::kByte));
   density_ = density;
   world_size_ = world_size;
   error_feedback_ = error_feedback;

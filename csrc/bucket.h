@@ -23,8 +23,8 @@ struct BucketKey {
   std::vector<EntryPtr> entries;
   int64_t presence_numel = 0; // dense fp32 entries behind the last parameter (all_reduce_gradients), 0 for DDP
   GradientType type;
-  bool operator==(const BucketKey& other) const {
-    return entries == other.entries && presence_numel == other.presence_numel && type == other.type;
+  bool is(const std::vector<EntryPtr>& other_entries, int64_t other_presence_numel, GradientType other_type) const {
+    return entries == other_entries && presence_numel == other_presence_numel && type == other_type;
   }
 };
 
@@ -57,7 +57,7 @@ class Bucket {
   // Stages 1 and 2. gradient: flat CPU tensor [layout numel]. unused: per entry. Afterwards payload() is complete.
   void compensate_select_and_encode(const at::Tensor& gradient, const std::vector<uint8_t>& unused, uint32_t rank, int64_t step);
   const at::Tensor& payload() const { return payload_; }
-  at::Tensor& gathered() { return gathered_; }
+  at::Tensor& gathered() { return gathered_; } // flat: [world_size * payload_bytes]
 
   // Stage 4. Throws (the bucket untouched) when a payload is not what it should be. Returns whether the result, the same on every rank, is
   // non-finite somewhere.

@@ -22,8 +22,9 @@ std::string text_of(const std::exception& error) {
 
 std::exception_ptr failed_exchange(const Engine::Place& place, const std::exception& error, bool refused = false) {
   return std::make_exception_ptr(std::runtime_error(
-      "compressed_ddp: the exchange of the bucket that begins with '" + place.bucket + "' failed at step " + std::to_string(place.step) +
-      " on rank " + std::to_string(place.rank) + " of " + std::to_string(place.world_size) + ": " + text_of(error) +
+      "compressed_ddp: the exchange of the bucket that begins with '" + place.bucket->name() + "' failed at step " +
+      std::to_string(place.step) + " on rank " + std::to_string(place.rank) + " of " + std::to_string(place.world_size) + ": " +
+      text_of(error) +
       (refused ? ". That rank loaded another checkpoint, was reset or rolled forward alone, or runs another version. "
                : ". Usually another rank has died or is stalled beyond the process group's timeout: look for the first error in the "
                  "other ranks' logs. ") +
@@ -64,8 +65,8 @@ bool Engine::has_process_group() const {
 
 // ---- what comes in
 
-c10::intrusive_ptr<Future> Engine::run(const std::function<void(Request&)>& fill, at::Tensor buffer, c10::IValue result,
-                                       c10::TypePtr result_type) {
+template <typename Fill>
+c10::intrusive_ptr<Future> Engine::run(Fill&& fill, at::Tensor buffer, c10::IValue result, c10::TypePtr result_type) {
   std::vector<c10::Device> devices;
   if (!buffer.is_cpu()) devices.push_back(buffer.device());
   auto future = c10::make_intrusive<Future>(std::move(result_type), std::move(devices));
@@ -91,8 +92,9 @@ c10::intrusive_ptr<Future> Engine::run(const std::function<void(Request&)>& fill
 
 c10::intrusive_ptr<Future> Engine::reduce_bucket(c10d::GradBucket& bucket, c10::IValue result, c10::TypePtr result_type) {
   const auto fill = [&](Request& request) {
-    check_one_model(bucket);
-    for (const at::Tensor& parameter : bucket.getParameters()) {
+    const std::vector<at::Tensor> parameters = bucket.getParameters();
+    check_one_model(bucket, parameters);
+    for (const at::Tensor& parameter : parameters) {
       request.entries.push_back(residuals_.of_parameter(parameter));
       // Not used in this backward pass: DDP will not hand a result to it, so its residual must not be spent.
       request.unused.push_back(!parameter.grad().defined());
@@ -118,12 +120,12 @@ c10::intrusive_ptr<Future> Engine::reduce_parameters(at::Tensor buffer, const st
   return run(fill, std::move(buffer), std::move(result), std::move(result_type));
 }
 
-void Engine::check_one_model(const c10d::GradBucket& bucket) {
+void Engine::check_one_model(const c10d::GradBucket& bucket, const std::vector<at::Tensor>& parameters) {
   // Nothing tells a hook which model a bucket comes from. But one model never shows an index again with parameters that are all
   // new, once its last bucket has been seen; a second model begins with exactly that.
   if (!residuals_.is_bound()) {
-    bool all_new = true;
-    for (const at::Tensor& parameter : bucket.getParameters()) all_new = all_new && residuals_.find_parameter(parameter) == nullptr;
+    const bool all_new = std::all_of(parameters.begin(), parameters.end(),
+                                     [&](const at::Tensor& parameter) { return residuals_.find_parameter(parameter) == nullptr; });
     TORCH_CHECK_VALUE(!(all_new && saw_last_bucket_ && seen_indices_.contains(bucket.getIndex())),
                       "topk_ef_hook: this TopKEFState already serves another model: one state serves one model, because its residuals "
                       "belong to that model's parameters; create a second TopKEFState");
@@ -225,47 +227,28 @@ void Engine::mark_failed(const Request& request) {
 }
 
 std::shared_ptr<Bucket> Engine::bucket_of(const Request& request) {
-  BucketKey key{request.entries, request.presence_numel, gradient_type(request.buffer)};
+  const GradientType type = gradient_type(request.buffer);
   const Entry* first = request.entries.empty() ? nullptr : request.entries.front().get();
   const auto [begin, end] = buckets_.equal_range(first);
   for (auto found = begin; found != end; ++found)
-    if (found->second->key() == key) return found->second;
+    if (found->second->key().is(request.entries, request.presence_numel, type)) return found->second;
   // A rebuilt bucket takes its parameters from older ones, which will not come again: their buffers go.
-  const std::set<EntryPtr> taken(key.entries.begin(), key.entries.end());
+  const std::set<EntryPtr> taken(request.entries.begin(), request.entries.end());
   std::erase_if(buckets_, [&](const auto& item) {
     const auto& entries = item.second->key().entries;
     return std::any_of(entries.begin(), entries.end(), [&](const EntryPtr& entry) { return taken.contains(entry); });
   });
-  return buckets_.emplace(first, std::make_shared<Bucket>(std::move(key), options_.scope, options_.min_compress_numel))->second;
-}
-
-void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request,
-                           const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
-  const int64_t world_size = process_group->getSize();
-  const auto rank = static_cast<uint32_t>(process_group->getRank());
-  agree(*bucket, *process_group);
-  bucket->prepare(density_of_current_step(), world_size, options_.error_feedback ? &residuals_ : nullptr, scratch_);
-
-  bucket->compensate_select_and_encode(request.buffer, request.unused, rank, step_);
-  has_compressed_ = true;
-  const auto gradient_bytes = static_cast<int64_t>(request.buffer.nbytes());
-  bucket->last.step = step_;
-  bucket->last.dense = false;
-  bucket->last.gradient_bytes = static_cast<double>(gradient_bytes);
-  bucket->last.dense_bytes = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
-  bucket->last.bytes_sent = all_gather_sent_bytes(world_size, bucket->payload().numel());
-  step_buckets_.push_back(bucket);
-
-  const Place place{bucket->name(), step_, static_cast<int>(rank), static_cast<int>(world_size)};
-  start(
-      bucket, request, place, [&] { return start_all_gather(*process_group, bucket->payload(), bucket->gathered()); },
-      [bucket, buffer = request.buffer, step = step_]() mutable { return bucket->decode_apply(buffer, step); });
+  return buckets_
+      .emplace(first, std::make_shared<Bucket>(BucketKey{request.entries, request.presence_numel, type}, options_.scope,
+                                               options_.min_compress_numel))
+      ->second;
 }
 
 // Starts the collective; when it is done, runs `apply` (returns whether the step is bad) and completes the future. `apply` runs on a
 // thread of the process group, or right here when the collective is already done: no GIL, no other collective, no engine.
-void Engine::start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place,
-                   const std::function<c10::intrusive_ptr<c10d::Work>()>& collective, std::function<bool()> apply) {
+template <typename Collective, typename Apply>
+void Engine::start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place, Collective&& collective,
+                   Apply apply) {
   bucket->result = request.result.isPyObject() ? request.result : c10::IValue();
   {
     const std::lock_guard lock(progress_->mutex);
@@ -287,8 +270,7 @@ void Engine::start(const std::shared_ptr<Bucket>& bucket, const Request& request
     finish(true);
     std::rethrow_exception(failed_exchange(place, error));
   }
-  done->addCallback([finish, place, apply = std::move(apply), buffer = request.buffer, result = request.result,
-                     future = request.future](Future& gathered) mutable {
+  done->addCallback([finish, place, apply = std::move(apply), result = request.result, future = request.future](Future& gathered) mutable {
     std::exception_ptr failure;
     bool bad = false, arrived = false;
     try {
@@ -304,14 +286,37 @@ void Engine::start(const std::shared_ptr<Bucket>& bucket, const Request& request
     if (failure != nullptr)
       future->setError(failure);
     else
-      future->markCompleted(std::move(result), storages_of(buffer));
+      future->markCompleted(std::move(result));
   });
+}
+
+void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request,
+                           const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
+  const int64_t world_size = process_group->getSize();
+  const auto rank = static_cast<uint32_t>(process_group->getRank());
+  agree(bucket, *process_group);
+  bucket->prepare(density_of_current_step(), world_size, options_.error_feedback ? &residuals_ : nullptr, scratch_);
+
+  bucket->compensate_select_and_encode(request.buffer, request.unused, rank, step_);
+  has_compressed_ = true;
+  const auto gradient_bytes = static_cast<int64_t>(request.buffer.nbytes());
+  bucket->last.step = step_;
+  bucket->last.dense = false;
+  bucket->last.gradient_bytes = static_cast<double>(gradient_bytes);
+  bucket->last.dense_bytes = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
+  bucket->last.bytes_sent = all_gather_sent_bytes(world_size, bucket->payload().numel());
+  step_buckets_.push_back(bucket);
+
+  const Place place{bucket, step_, static_cast<int>(rank), static_cast<int>(world_size)};
+  start(
+      bucket, request, place, [&] { return start_all_gather(*process_group, bucket->payload(), bucket->gathered()); },
+      [bucket, buffer = request.buffer, step = step_]() mutable { return bucket->decode_apply(buffer, step); });
 }
 
 void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& request,
                           const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const int64_t world_size = process_group->getSize();
-  agree(*bucket, *process_group);
+  agree(bucket, *process_group);
   const auto gradient_bytes = static_cast<int64_t>(request.buffer.nbytes());
   bucket->last = {};
   bucket->last.step = step_;
@@ -323,7 +328,7 @@ void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& 
   step_buckets_.push_back(bucket);
   at::Tensor buffer = request.buffer;
   buffer.div_(world_size); // before the sum, so that fp16 does not overflow
-  const Place place{bucket->name(), step_, process_group->getRank(), static_cast<int>(world_size)};
+  const Place place{bucket, step_, process_group->getRank(), static_cast<int>(world_size)};
   start(bucket, request, place, [&] { return start_all_reduce(*process_group, buffer); }, [] { return false; });
 }
 
@@ -346,14 +351,14 @@ void Engine::reduce_through_host(const Request& request, const c10::intrusive_pt
 
 // ---- agreement
 
-void Engine::agree(const Bucket& bucket, c10d::ProcessGroup& process_group) {
-  const uint64_t structure = bucket.structure_hash();
+void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& process_group) {
+  const uint64_t structure = bucket->structure_hash();
   const bool dense = is_dense_step();
   const bool callable = static_cast<bool>(options_.density_of_step);
   // With a callable density any step may change k, on one rank alone if the callable is wrong; and a dense all-reduce carries no
   // header that could show another step. Then the ranks compare once in every step.
   const bool compare_step = (callable || dense) && agreed_step_ != step_;
-  if (agreed_.contains(bucket.identity_hash()) && !compare_step) return;
+  if (agreed_.contains(bucket->identity_hash()) && !compare_step) return;
   check_cpu_backend(process_group);
 
   AgreementRecord record;
@@ -367,36 +372,36 @@ void Engine::agree(const Bucket& bucket, c10d::ProcessGroup& process_group) {
   record.error_feedback = options_.error_feedback;
   record.dense_steps = options_.dense_steps;
   record.min_compress_numel = options_.min_compress_numel;
-  record.gradient_type = static_cast<int64_t>(bucket.key().type);
-  record.numel = bucket.numel();
-  record.num_segments = static_cast<int64_t>(bucket.key().entries.size());
+  record.gradient_type = static_cast<int64_t>(bucket->key().type);
+  record.numel = bucket->numel();
+  record.num_segments = static_cast<int64_t>(bucket->key().entries.size());
   record.structure_hash = structure;
-  record.selected_numel = dense ? 0 : bucket.selected_numel(record.density);
+  record.selected_numel = dense ? 0 : bucket->selected_numel(record.density);
   record.model_parameters = residuals_.num_bound();
   record.exempt_hash = record.names_hash = kHashSeed;
   bool named = true;
-  for (const EntryPtr& entry : bucket.key().entries) {
+  for (const EntryPtr& entry : bucket->key().entries) {
     record.exempt_hash = hash_bytes(&entry->exempt, sizeof entry->exempt, record.exempt_hash);
     record.names_hash = hash_bytes(entry->name.c_str(), entry->name.size() + 1, record.names_hash);
     named = named && !entry->name.empty();
   }
   if (!named) record.names_hash = 0;
-  bucket.name().copy(record.bucket, sizeof record.bucket - 1);
+  bucket->name().copy(record.bucket, sizeof record.bucket - 1);
 
   at::Tensor mine = at::empty({static_cast<int64_t>(sizeof record)}, at::dtype(at::kByte));
-  at::Tensor all = at::empty({record.world_size, static_cast<int64_t>(sizeof record)}, at::dtype(at::kByte));
+  at::Tensor all = at::empty({record.world_size * static_cast<int64_t>(sizeof record)}, at::dtype(at::kByte));
   std::memcpy(mine.data_ptr<uint8_t>(), &record, sizeof record);
   try {
     all_gather(process_group, mine, all);
   } catch (const std::exception& error) {
-    std::rethrow_exception(failed_exchange({bucket.name(), step_, process_group.getRank(), process_group.getSize()}, error));
+    std::rethrow_exception(failed_exchange({bucket, step_, process_group.getRank(), process_group.getSize()}, error));
   }
   agreement_bytes_ += all_gather_sent_bytes(record.world_size, sizeof record);
   std::vector<AgreementRecord> records(static_cast<size_t>(record.world_size));
   std::memcpy(records.data(), all.const_data_ptr<uint8_t>(), records.size() * sizeof record);
   const std::string disagreement = describe_disagreement(records);
   TORCH_CHECK(disagreement.empty(), "compressed_ddp: ", disagreement);
-  agreed_.insert(bucket.identity_hash());
+  agreed_.insert(bucket->identity_hash());
   agreed_step_ = step_;
 }
 

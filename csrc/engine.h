@@ -78,7 +78,7 @@ class Engine {
 
   // Why a failed future failed, in words: used by callbacks, so it may not touch the engine.
   struct Place {
-    std::string bucket;
+    std::shared_ptr<const Bucket> bucket;
     int64_t step;
     int rank;
     int world_size;
@@ -104,8 +104,8 @@ class Engine {
     c10::intrusive_ptr<c10::ivalue::Future> future;
   };
 
-  c10::intrusive_ptr<c10::ivalue::Future> run(const std::function<void(Request&)>& fill, at::Tensor buffer, c10::IValue result,
-                                              c10::TypePtr result_type);
+  template <typename Fill>
+  c10::intrusive_ptr<c10::ivalue::Future> run(Fill&& fill, at::Tensor buffer, c10::IValue result, c10::TypePtr result_type);
   void reduce(Request& request);
   void mark_failed(const Request& request);
   void reduce_through_host(const Request& request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
@@ -113,14 +113,14 @@ class Engine {
                      const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
   void reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& request,
                     const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
-  void start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place,
-             const std::function<c10::intrusive_ptr<c10d::Work>()>& collective, std::function<bool()> apply);
+  template <typename Collective, typename Apply>
+  void start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place, Collective&& collective, Apply apply);
   void begin_step_if_repeated(Request& request);
   void check_entries(const Request& request) const;
-  void check_one_model(const c10d::GradBucket& bucket);
+  void check_one_model(const c10d::GradBucket& bucket, const std::vector<at::Tensor>& parameters);
   std::shared_ptr<Bucket> bucket_of(const Request& request);
   double density_of_current_step();
-  void agree(const Bucket& bucket, c10d::ProcessGroup& process_group);
+  void agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& process_group);
   void wait_until_idle();
   bool gives_back(const Bucket& bucket) const; // with the progress mutex held
   void settle();

@@ -22,8 +22,7 @@ c10::intrusive_ptr<c10d::Work> all_gather_single(Group& group, at::Tensor& gathe
 
 c10::intrusive_ptr<c10d::Work> start_all_gather(ProcessGroup& process_group, const at::Tensor& payload, at::Tensor& gathered) {
   at::Tensor input = payload;
-  at::Tensor output = gathered.view({-1});
-  return all_gather_single(process_group, output, input);
+  return all_gather_single(process_group, gathered, input);
 }
 
 void all_gather(ProcessGroup& process_group, const at::Tensor& payload, at::Tensor& gathered) {

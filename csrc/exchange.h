@@ -7,7 +7,7 @@ namespace compressed_ddp {
 
 using c10d::ProcessGroup;
 
-// Starts one all-gather of equal sizes. payload: uint8 [payload_bytes]; gathered: uint8 [world_size, payload_bytes], written.
+// Starts one all-gather of equal sizes. payload: uint8 [payload_bytes]; gathered: uint8 flat [world_size * payload_bytes], written.
 // Both must live until the returned work is done. Throws when the process group refuses at once.
 c10::intrusive_ptr<c10d::Work> start_all_gather(ProcessGroup& process_group, const at::Tensor& payload, at::Tensor& gathered);
 

@@ -53,6 +53,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> compensate_select_cpu(const at::T
   at::Tensor indices = at::empty({layout.selected_numel}, gradient.options().dtype(at::kInt));
   const std::vector<float*> residuals = segment_residuals(layout, residual);
   CompensateSelect plan(layout);
+  static thread_local CompensateSelect::Scratch scratch; // kept, as the engine keeps its own: fresh pages cost a third of the pass
+  plan.use_scratch(scratch);
   const CompensateSelectArguments arguments{
       gradient.const_data_ptr(),           gradient_type(gradient),         error_feedback ? residuals.data() : nullptr, nullptr,
       indices.mutable_data_ptr<int32_t>(), values.mutable_data_ptr<float>()};

@@ -282,7 +282,7 @@ struct Counted {
 };
 constexpr FilterKernels kCountedFilter = make_filter_kernels<Counted>("counted");
 
-// All large values lie just where the guess looks (compensate_select.cpp: lines of 16 entries, one per 4096), so that it takes the
+// All large values lie just where the guess looks (compensate_select.cpp: lines of 16 entries, one per 8192), so that it takes the
 // whole group for large and finds fewer than k candidates.
 struct Aimed {
   int64_t numel = 1 << 19;
@@ -291,7 +291,7 @@ struct Aimed {
   Indices large;
   Aimed() {
     data = make_data(Data::kNormal, numel, 15);
-    const int64_t num_lines = numel / 4096;
+    const int64_t num_lines = numel / 8192;
     for (int64_t line = 0; line < num_lines; ++line)
       for (int64_t i = sample_position(line, num_lines, numel); i < sample_position(line, num_lines, numel) + 16; ++i) {
         large.push_back(static_cast<int32_t>(i));
@@ -385,7 +385,7 @@ TEST(CompensateSelect, AGuessThatIsFarTooLowOnlyCostsTime) {
 
 TEST(CompensateSelect, SampledLinesAscendAndLieInsideTheGroup) {
   for (const int64_t numel : {1000, 1024, 4096, 100000, 1 << 20, 2147483647}) {
-    const int64_t num_lines = std::max<int64_t>(64, numel / 4096);
+    const int64_t num_lines = std::max<int64_t>(64, numel / 8192);
     int64_t before = -1;
     for (int64_t line = 0; line < num_lines; ++line) {
       const int64_t position = sample_position(line, num_lines, numel);
