@@ -36,42 +36,38 @@ float scale_and_store(float* sums, int64_t numel, float scale, float* out, bool 
   int64_t i = 0;
   float zero = 0;
 #if defined(__SSE2__)
-  if (stream) {
+  if (stream) { // needs aligned addresses
     for (; i < numel && (reinterpret_cast<uintptr_t>(out + i) & 15) != 0; ++i) {
       out[i] = sums[i] * scale;
       zero += out[i] * 0.0f;
       sums[i] = 0;
     }
-    const __m128 factor = _mm_set1_ps(scale);
-    __m128 zeros = _mm_setzero_ps();
-    for (; i + 4 <= numel; i += 4) {
-      const __m128 result = _mm_mul_ps(_mm_loadu_ps(sums + i), factor);
-      _mm_stream_ps(out + i, result);
-      zeros = _mm_add_ps(zeros, _mm_mul_ps(result, _mm_setzero_ps()));
-      _mm_storeu_ps(sums + i, _mm_setzero_ps());
-    }
-    alignas(16) float lane[4];
-    _mm_store_ps(lane, zeros);
-    zero += lane[0] + lane[1] + lane[2] + lane[3];
   }
+  const __m128 factor = _mm_set1_ps(scale);
+  __m128 zeros = _mm_setzero_ps();
+  const auto scale_four = [&](int64_t at) {
+    const __m128 result = _mm_mul_ps(_mm_loadu_ps(sums + at), factor);
+    zeros = _mm_add_ps(zeros, _mm_mul_ps(result, _mm_setzero_ps()));
+    _mm_storeu_ps(sums + at, _mm_setzero_ps());
+    return result;
+  };
+  if (stream) {
+    for (; i + 4 <= numel; i += 4) _mm_stream_ps(out + i, scale_four(i));
+  } else {
+    for (; i + 4 <= numel; i += 4) _mm_storeu_ps(out + i, scale_four(i));
+  }
+  alignas(16) float lane[4];
+  _mm_store_ps(lane, zeros);
+  zero += lane[0] + lane[1] + lane[2] + lane[3];
 #else
   (void)stream;
 #endif
-  // Four partial sums, so that the compiler may use vectors: fp32 additions are not reordered otherwise.
-  float partial[4] = {};
-  for (; i + 4 <= numel; i += 4) {
-    for (int64_t j = 0; j < 4; ++j) {
-      out[i + j] = sums[i + j] * scale;
-      partial[j] += out[i + j] * 0.0f;
-      sums[i + j] = 0;
-    }
-  }
   for (; i < numel; ++i) {
     out[i] = sums[i] * scale;
     zero += out[i] * 0.0f;
     sums[i] = 0;
   }
-  return zero + partial[0] + partial[1] + partial[2] + partial[3];
+  return zero;
 }
 
 template <typename gradient_t>
