@@ -1,7 +1,6 @@
 #include "bucket.h"
 
 #include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
 
 #include "cpu/decode_apply.h"
 #include "cpu/restore.h"
@@ -9,20 +8,6 @@
 #include "wire_format.h"
 
 namespace compressed_ddp {
-
-GradientType gradient_type(const at::Tensor& gradient) {
-  switch (gradient.scalar_type()) {
-    case at::kFloat:
-      return GradientType::kFloat32;
-    case at::kHalf:
-      return GradientType::kFloat16;
-    case at::kBFloat16:
-      return GradientType::kBFloat16;
-    default:
-      TORCH_CHECK_VALUE(false, "compressed_ddp: expected gradients of dtype float32, float16 or bfloat16, got ", gradient.scalar_type(),
-                        "; leave such a model to DDP's own all-reduce");
-  }
-}
 
 Bucket::Bucket(BucketKey key, Scope scope, int64_t min_compress_numel) : key_(std::move(key)), scope_(scope) {
   for (size_t e = 0; e < key_.entries.size(); ++e) {

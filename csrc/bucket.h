@@ -109,7 +109,4 @@ class Bucket {
   bool sent_ = false; // payload_ holds entries that are missing from the residual
 };
 
-// CPU element type of a gradient; ValueError for others.
-GradientType gradient_type(const at::Tensor& gradient);
-
 } // namespace compressed_ddp

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "exchange.h"
+#include "gradient_type.h"
 #include "wire_format.h"
 
 namespace compressed_ddp {
@@ -42,10 +43,6 @@ void check_cpu_backend(c10d::ProcessGroup& process_group) {
         "compressed_ddp: the process group has no backend for CPU tensors, and this version exchanges payloads through host memory; "
         "use init_process_group(backend='cpu:gloo,cuda:nccl')");
   }
-}
-
-std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> storages_of(const at::Tensor& tensor) {
-  return {tensor.storage().getWeakStorageImpl()};
 }
 
 } // namespace
@@ -346,7 +343,7 @@ void Engine::reduce_through_host(const Request& request, const c10::intrusive_pt
   host.future->waitAndThrow();
   at::Tensor buffer = request.buffer;
   buffer.copy_(host.buffer);
-  request.future->markCompleted(request.result, storages_of(buffer));
+  request.future->markCompleted(request.result, std::vector{buffer.storage().getWeakStorageImpl()});
 }
 
 // ---- agreement

@@ -5,11 +5,11 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "bucket.h"
 #include "cpu/compensate_select.h"
 #include "cpu/decode_apply.h"
 #include "cpu/encode.h"
 #include "cpu/restore.h"
+#include "gradient_type.h"
 #include "parallel_for.h"
 #include "wire_format.h"
 

@@ -9,14 +9,15 @@ namespace {
 // 256 KiB of residual per block: block, candidates and gradient stay in a 512 KiB second-level cache between filter and store.
 constexpr int64_t kBlockNumel = 65536;
 
-// The sample: whole cache lines of 16 entries, one per 8192, at least 64 lines; small groups are sampled whole.
-// Density 0.01 of 25 MiB: 128 sampled entries above the k-th, so the margin below costs about 60 % more candidates; a sample
-// twice as large costs more than it saves (0.5 ms against 0.2 ms of 5 ms on two threads).
+// The sample: whole cache lines of 16 entries, at least 64 of them; small groups are sampled whole. A sampled entry costs about as
+// much as a candidate that is not selected in the end, and n samples of a group leave kMarginSigmas * numel * sqrt(density / n) of
+// those, so their sum is least near n = (2 * numel * sqrt(density))^(2/3).
 constexpr int64_t kSampleLine = 16;
-constexpr int64_t kSampleSpacing = 8192;
 constexpr int64_t kMinSampleLines = 64;
-constexpr double kMarginSigmas = 6; // a guess that is too high happens less than once in 10^6 selections on random data
-constexpr double kMarginEntries = 8;
+// The guess is the sample's key of rank expected + margin. On random data it is too high less than once in 10^4 selections, which
+// then cost twice the time; a margin of six sigmas cost 10 to 60 % of every selection (density 0.01, ResNet-50's layers most).
+constexpr double kMarginSigmas = 4;
+constexpr double kMarginEntries = 4;
 constexpr int64_t kPrefetchLines = 16;
 
 // The key of rank `rank` (0 = largest); reorders keys.
@@ -24,6 +25,26 @@ uint32_t select_key(std::vector<uint32_t>& keys, int64_t rank) {
   std::nth_element(keys.begin(), keys.begin() + rank, keys.end(), std::greater<>());
   return keys[static_cast<size_t>(rank)];
 }
+
+// The key of the count-th largest of a stream, without keeping the rest; keys of 0 do not count.
+class LargestKeys {
+ public:
+  explicit LargestKeys(int64_t count) : count_(count) { keys_.reserve(static_cast<size_t>(2 * count)); }
+  void add(uint32_t key) {
+    if (key <= floor_) return;
+    keys_.push_back(key);
+    if (static_cast<int64_t>(keys_.size()) == 2 * count_) {
+      floor_ = select_key(keys_, count_ - 1);
+      keys_.resize(static_cast<size_t>(count_));
+    }
+  }
+  uint32_t smallest() { return static_cast<int64_t>(keys_.size()) < count_ ? 0 : select_key(keys_, count_ - 1); } // 0: fewer were added
+
+ private:
+  int64_t count_;
+  std::vector<uint32_t> keys_;
+  uint32_t floor_ = 0; // `count` keys so far are at least this
+};
 
 template <typename Function>
 auto with_gradient_type(GradientType type, Function&& function) {
@@ -39,6 +60,12 @@ auto with_gradient_type(GradientType type, Function&& function) {
 
 } // namespace
 
+int64_t sample_lines(int64_t numel, int64_t k) {
+  const double n = static_cast<double>(numel), density = static_cast<double>(k) / n;
+  const auto lines = static_cast<int64_t>(std::pow(2 * n * std::sqrt(density), 2.0 / 3)) / kSampleLine;
+  return std::min(std::max(kMinSampleLines, lines), (numel + kSampleLine - 1) / kSampleLine);
+}
+
 int64_t sample_position(int64_t line, int64_t num_lines, int64_t numel) {
   const int64_t begin = static_cast<int64_t>(static_cast<__int128>(numel) * line / num_lines);
   const int64_t end = static_cast<int64_t>(static_cast<__int128>(numel) * (line + 1) / num_lines);
@@ -47,7 +74,7 @@ int64_t sample_position(int64_t line, int64_t num_lines, int64_t numel) {
   return begin + static_cast<int64_t>((mixed >> 33) % static_cast<uint64_t>(slots)) * kSampleLine;
 }
 
-CompensateSelect::CompensateSelect(const Layout& layout, const FilterKernels& kernels) : kernels_(kernels) {
+CompensateSelect::CompensateSelect(const Layout& layout, const FilterKernels& kernels, EmitKernel emit) : kernels_(kernels), emit_(emit) {
   for (const Group& group : layout.groups) {
     GroupState state{};
     state.first_block = num_blocks();
@@ -122,10 +149,13 @@ float CompensateSelect::acc_at(const Block& block, int64_t i) const {
 // ---- guess
 
 uint32_t CompensateSelect::guess(const GroupState& group) const {
-  int64_t num_lines = std::max(kMinSampleLines, group.numel / kSampleSpacing);
-  if (num_lines * kSampleLine >= group.numel) num_lines = (group.numel + kSampleLine - 1) / kSampleLine; // take everything
-  std::vector<uint32_t> keys;
-  keys.reserve(static_cast<size_t>(num_lines * kSampleLine));
+  const int64_t num_lines = sample_lines(group.numel, group.k);
+  const int64_t sampled = std::min(num_lines * kSampleLine, group.numel);
+  const bool everything = sampled == group.numel;
+  const double expected = static_cast<double>(group.k) * static_cast<double>(sampled) / static_cast<double>(group.numel);
+  const int64_t rank = everything ? group.k : static_cast<int64_t>(expected + kMarginSigmas * std::sqrt(expected) + kMarginEntries);
+  if (rank >= sampled) return 1;
+
   // Sample positions ascend, so one walk over the group's blocks finds them; block_begin is the block's first entry in the group.
   struct Line {
     const Block* block;
@@ -135,11 +165,11 @@ uint32_t CompensateSelect::guess(const GroupState& group) const {
   lines.reserve(static_cast<size_t>(num_lines));
   int64_t block = group.first_block, block_begin = 0;
   for (int64_t line = 0; line < num_lines; ++line) {
-    const bool everything = num_lines * kSampleLine >= group.numel;
     const int64_t position = everything ? line * kSampleLine : sample_position(line, num_lines, group.numel);
     while (position >= block_begin + blocks_[static_cast<size_t>(block)].numel) block_begin += blocks_[static_cast<size_t>(block++)].numel;
     lines.push_back({&blocks_[static_cast<size_t>(block)], position - block_begin});
   }
+  LargestKeys largest(rank);
   const int64_t bytes = element_bytes(arguments_.type);
   for (int64_t line = 0; line < num_lines; ++line) {
     if (line + kPrefetchLines < num_lines) {
@@ -148,14 +178,17 @@ uint32_t CompensateSelect::guess(const GroupState& group) const {
       if (arguments_.residuals != nullptr) __builtin_prefetch(residual_of(*ahead.block) + ahead.at);
     }
     const Line& here = lines[static_cast<size_t>(line)];
+    if (here.block->unused) continue; // zeros, which do not count
     const int64_t end = std::min<int64_t>(here.at + kSampleLine, here.block->numel);
-    for (int64_t i = here.at; i < end; ++i) keys.push_back(selection_key(acc_at(*here.block, i)));
+    const float* residual = residual_of(*here.block);
+    with_gradient_type(arguments_.type, [&](auto type) {
+      const auto* gradient = static_cast<const decltype(type)*>(arguments_.gradient) + here.block->offset;
+      for (int64_t i = here.at; i < end; ++i) {
+        largest.add(selection_key(residual == nullptr ? to_float(gradient[i]) : to_float(gradient[i]) + residual[i]));
+      }
+    });
   }
-  const auto sampled = static_cast<int64_t>(keys.size());
-  const double expected = static_cast<double>(group.k) * static_cast<double>(sampled) / static_cast<double>(group.numel);
-  const auto rank = static_cast<int64_t>(expected + kMarginSigmas * std::sqrt(expected) + kMarginEntries);
-  if (rank >= sampled) return 1;
-  return std::clamp<uint32_t>(select_key(keys, rank), 1, kInfinityKey);
+  return std::clamp<uint32_t>(largest.smallest(), 1, kInfinityKey);
 }
 
 void CompensateSelect::guess_groups(int64_t begin, int64_t end) {
@@ -353,7 +386,6 @@ void CompensateSelect::emit_with_zeros(Block& block, int64_t b) {
 }
 
 void CompensateSelect::emit_blocks(int64_t begin, int64_t end) {
-  std::vector<int32_t> rejected;
   for (int64_t b = begin; b < end; ++b) {
     Block& block = blocks_[static_cast<size_t>(b)];
     const uint32_t threshold = groups_[static_cast<size_t>(block.group)].threshold;
@@ -361,45 +393,11 @@ void CompensateSelect::emit_blocks(int64_t begin, int64_t end) {
       emit_with_zeros(block, b);
       continue;
     }
-    const float* values = candidate_values(b);
-    const int32_t* indices = candidate_indices(b);
-    const int64_t count = block.filtered.count;
-    const int64_t last = block.out + block.greater + block.ties;
-    const auto first_index = static_cast<int32_t>(block.offset);
-    if (static_cast<int64_t>(rejected.size()) < count + 1) rejected.resize(static_cast<size_t>(count + 1));
-    int64_t out = block.out, num_rejected = 0, ties = block.ties, c = 0;
-    double sent_sq = 0;
-    // Every candidate is written to both lists and one of the two counters moves: no branch to mispredict.
-    // The loop stops at the last selected entry, so nothing is written beyond this block's share of the output.
-    for (; out < last; ++c) {
-      float value = values[c];
-      const uint32_t key = selection_key(value);
-      const bool tie = (key == threshold) & (ties > 0);
-      const bool selected = (key > threshold) | tie;
-      ties -= tie;
-      if (!is_finite_key(key)) [[unlikely]] {
-        if (key == kNanKey) value = std::bit_cast<float>(kCanonicalNanBits);
-      } else {
-        sent_sq += selected ? static_cast<double>(value) * value : 0.0;
-      }
-      arguments_.values[out] = value;
-      arguments_.indices[out] = first_index + indices[c];
-      rejected[static_cast<size_t>(num_rejected)] = static_cast<int32_t>(c);
-      out += selected;
-      num_rejected += !selected;
-    }
-    for (; c < count; ++c) rejected[static_cast<size_t>(num_rejected++)] = static_cast<int32_t>(c);
-    float* residual = residual_of(block);
-    double rejected_sq = 0;
-    for (int64_t r = 0; r < num_rejected; ++r) {
-      const int32_t candidate = rejected[static_cast<size_t>(r)];
-      const float value = values[candidate];
-      if (!is_finite_key(selection_key(value))) continue; // its residual still holds the old value
-      if (residual != nullptr) residual[indices[candidate]] = value;
-      rejected_sq += static_cast<double>(value) * value;
-    }
-    block.sent_sq = sent_sq;
-    block.rejected_sq = rejected_sq;
+    const EmitResult result =
+        emit_({candidate_values(b), candidate_indices(b), block.filtered.count, block.greater + block.ties, block.ties, threshold,
+               static_cast<int32_t>(block.offset), residual_of(block), arguments_.values + block.out, arguments_.indices + block.out});
+    block.sent_sq = result.sent_sq;
+    block.rejected_sq = result.rejected_sq;
   }
 }
 

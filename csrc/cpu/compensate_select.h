@@ -11,7 +11,7 @@
 //   guess    a low key per group from a sample, so that a few more than k entries lie above it
 //   filter   compensate, keep what is below, append what is above to the block's candidates (compensate_select_filter.h)
 //   refine   exact k-th key T and the number of ties to take, from the candidates alone
-//   emit     selected candidates to the output in order; the others go back to the residual
+//   emit     selected candidates to the output in order; the others go back to the residual (compensate_select_emit.h)
 // A guess that was too high (fewer than k candidates) is detected in refine and mended there; too low only costs time.
 #pragma once
 
@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "../layout.h"
+#include "compensate_select_emit.h"
 #include "compensate_select_filter.h"
 #include "float_types.h"
 
@@ -45,7 +46,7 @@ struct CompensateSelectStatistics { // over the compressed segments; summed bloc
 // The plan for one layout and the scratch of one call. Not thread-safe; phases are called in the order of `compensate_select`.
 class CompensateSelect {
  public:
-  explicit CompensateSelect(const Layout& layout, const FilterKernels& kernels = best_filter());
+  explicit CompensateSelect(const Layout& layout, const FilterKernels& kernels = best_filter(), EmitKernel emit = best_emit());
   CompensateSelect(const CompensateSelect&) = delete; // nor moved: scratch_ may point into the object itself
   CompensateSelect& operator=(const CompensateSelect&) = delete;
 
@@ -108,11 +109,15 @@ class CompensateSelect {
   std::vector<Block> blocks_;
   std::vector<GroupState> groups_;
   const FilterKernels& kernels_;
+  EmitKernel emit_;
   CompensateSelectArguments arguments_{};
   int64_t scratch_numel_ = 0;
   Scratch own_scratch_;
   Scratch* scratch_ = &own_scratch_;
 };
+
+// How many cache lines the guess samples of a group of `numel` entries of which k are selected.
+int64_t sample_lines(int64_t numel, int64_t k);
 
 // Where sampled line `line` of `num_lines` begins in a group of `numel` entries: spread evenly, moved by a fixed hash so that
 // periodic data is not hit in step. Here so that a test can aim at the sample and make the guess fail.

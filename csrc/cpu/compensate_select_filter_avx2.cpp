@@ -1,28 +1,11 @@
 // The filter pass in AVX2: groups of 32 entries; a group without candidates (most, at low density) costs one test.
-// Candidates are packed with a 256-entry permutation table, since AVX2 has no compress instruction.
-#include <immintrin.h>
-
-#include <array>
-
+#include "avx2_pack.h"
 #include "compensate_select_filter.h"
 
 namespace compressed_ddp {
 namespace {
 
-constexpr int kLanes = 8;
 constexpr int kGroup = 4 * kLanes; // 32 was faster than 16 and 64 at density 0.001 .. 0.01
-
-// kPack[mask] moves the lanes whose bit is set to the front, in order.
-constexpr std::array<std::array<int32_t, kLanes>, 256> make_pack() {
-  std::array<std::array<int32_t, kLanes>, 256> pack{};
-  for (int mask = 0; mask < 256; ++mask) {
-    int front = 0;
-    for (int lane = 0; lane < kLanes; ++lane)
-      if (mask >> lane & 1) pack[static_cast<size_t>(mask)][static_cast<size_t>(front++)] = lane;
-  }
-  return pack;
-}
-alignas(64) constexpr auto kPack = make_pack();
 
 inline __m256 load_gradient(const float* g) { return _mm256_loadu_ps(g); }
 inline __m256 load_gradient(const Float16* g) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(g))); }
@@ -87,7 +70,7 @@ struct Avx2 {
           if constexpr (source != FilterSource::kGradient) kept = _mm256_blendv_ps(kept, old[j], _mm256_castsi256_ps(non_finite));
         }
         if constexpr (source != FilterSource::kGradient) _mm256_storeu_ps(a.residual + at, kept);
-        const __m256i pack = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPack[mask].data()));
+        const __m256i pack = pack_lanes(mask);
         const __m256i index = _mm256_add_epi32(lane_index, _mm256_set1_epi32(static_cast<int32_t>(at)));
         _mm256_storeu_ps(a.values + result.count, _mm256_permutevar8x32_ps(acc[j], pack));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(a.indices + result.count), _mm256_permutevar8x32_epi32(index, pack));

@@ -166,7 +166,7 @@ class TopKEFState:
 
     def _engine_with_process_group(self) -> _native._C.Engine:
         if not self._engine.has_process_group():
-            process_group = self.process_group or dist.group.WORLD
+            process_group = self._chosen_process_group()
             if process_group is None:
                 raise RuntimeError(
                     "compressed_ddp: no process group to average over; call torch.distributed.init_process_group first, "
@@ -283,11 +283,13 @@ class TopKEFState:
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self._used_rank is not None and self._engine.has_process_group():
             return self._used_rank  # may be the group of the registered model
-        if self.process_group is not None:
-            return self.process_group.rank(), self.process_group.size()
-        if dist.is_initialized():
-            return dist.get_rank(), dist.get_world_size()
+        process_group = self._chosen_process_group()
+        if process_group is not None:
+            return process_group.rank(), process_group.size()
         return self._loaded_rank or (0, 1)
+
+    def _chosen_process_group(self) -> dist.ProcessGroup | None:
+        return self.process_group or dist.group.WORLD
 
 
 def _checked_density(density: Any) -> float:
@@ -347,5 +349,6 @@ def _check_same_rank(loaded: tuple[int, int], here: tuple[int, int]) -> None:
         return
     raise ValueError(
         f"TopKEFState.load_state_dict: this state was saved by rank {loaded[0]} of {loaded[1]}, but this is rank {here[0]} of "
-        f"{here[1]}; residuals belong to a rank: load each rank's own file with the same world size, or start without residuals"
+        f"{here[1]}; residuals belong to a rank: load each rank's own file with the same world size, or start without residuals "
+        f"(a model that averages over a part of the ranks: register it before loading, or pass TopKEFState(process_group=...))"
     )

@@ -176,6 +176,63 @@ TEST(Filter, TheBestKernelsAreOnesThatThisTestRuns) {
   RecordProperty("best_filter", best_filter().name);
 }
 
+// ---- the emit kernels
+
+// Candidates as the filter leaves them, and what one kernel makes of them.
+struct Emitted {
+  Floats values, residual;
+  Indices indices;
+  EmitResult sums;
+};
+
+Emitted emit(EmitKernel kernel, Floats values, uint32_t threshold, int64_t ties, bool has_residual) {
+  const auto count = static_cast<int64_t>(values.size());
+  Indices indices;
+  int64_t selected = ties;
+  for (int64_t c = 0; c < count; ++c) {
+    indices.push_back(static_cast<int32_t>(3 * c + 1));
+    selected += selection_key(values[static_cast<size_t>(c)]) > threshold;
+  }
+  values.resize(values.size() + kFilterSlack);
+  indices.resize(values.size());
+  Emitted emitted;
+  emitted.residual.assign(static_cast<size_t>(3 * count + 1), -7.0f);
+  // Exactly as large as allowed, so that a sanitizer sees a store beyond; and with a guard, so that this test does.
+  emitted.values.assign(static_cast<size_t>(selected) + 1, 42.0f);
+  emitted.indices.assign(static_cast<size_t>(selected) + 1, 42);
+  emitted.sums = kernel({values.data(), indices.data(), count, selected, ties, threshold, 1000,
+                         has_residual ? emitted.residual.data() : nullptr, emitted.values.data(), emitted.indices.data()});
+  EXPECT_EQ(emitted.values.back(), 42.0f);
+  EXPECT_EQ(emitted.indices.back(), 42);
+  return emitted;
+}
+
+TEST(Emit, TheBestKernelGivesWhatThePortableOneGives) {
+  Random random(21);
+  const float odd[] = {kNan, -kNan, std::numeric_limits<float>::infinity(), 2.0f, -2.0f};
+  for (int64_t count = 0; count < 70; ++count)
+    for (const int64_t one_odd_in : {1, 3, 20, 1000}) {
+      SCOPED_TRACE("count " + std::to_string(count) + ", one odd in " + std::to_string(one_odd_in) + ", seed 21");
+      Floats values;
+      int64_t equal = 0;
+      for (int64_t c = 0; c < count; ++c) {
+        values.push_back(random.one_in(one_odd_in) ? odd[random.integer(0, 5)] : 4 * random.normal());
+        equal += selection_key(values.back()) == selection_key(2.0f);
+      }
+      const int64_t ties = equal == 0 ? 0 : random.integer(0, equal + 1);
+      for (const bool has_residual : {true, false}) {
+        const Emitted expected = emit(emit_portable, values, selection_key(2.0f), ties, has_residual);
+        const Emitted actual = emit(best_emit(), values, selection_key(2.0f), ties, has_residual);
+        EXPECT_TRUE(same_bits(expected.values, actual.values));
+        EXPECT_TRUE(same_integers(expected.indices, actual.indices));
+        EXPECT_TRUE(same_bits(expected.residual, actual.residual));
+        EXPECT_TRUE(sums_near("sent_sq", expected.sums.sent_sq, actual.sums.sent_sq, 1e-12));
+        EXPECT_TRUE(sums_near("rejected_sq", expected.sums.rejected_sq, actual.sums.rejected_sq, 1e-12));
+      }
+      if (HasFailure()) return;
+    }
+}
+
 // ---- against the reference
 
 TEST(CompensateSelect, AdversarialDataGivesWhatTheReferenceGives) {
@@ -282,7 +339,7 @@ struct Counted {
 };
 constexpr FilterKernels kCountedFilter = make_filter_kernels<Counted>("counted");
 
-// All large values lie just where the guess looks (compensate_select.cpp: lines of 16 entries, one per 8192), so that it takes the
+// All large values lie just where the guess looks (sample_lines, each of 16 entries), so that it takes the
 // whole group for large and finds fewer than k candidates.
 struct Aimed {
   int64_t numel = 1 << 19;
@@ -291,7 +348,7 @@ struct Aimed {
   Indices large;
   Aimed() {
     data = make_data(Data::kNormal, numel, 15);
-    const int64_t num_lines = numel / 8192;
+    const int64_t num_lines = sample_lines(numel, k);
     for (int64_t line = 0; line < num_lines; ++line)
       for (int64_t i = sample_position(line, num_lines, numel); i < sample_position(line, num_lines, numel) + 16; ++i) {
         large.push_back(static_cast<int32_t>(i));

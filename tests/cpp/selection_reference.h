@@ -262,7 +262,7 @@ inline void expect_reference(const SelectionCase& c, std::span<const FilterKerne
   const Selection expected = reference_selection(c);
   for (const FilterKernels* kernel : kernels) {
     SCOPED_TRACE(std::string("kernels ") + kernel->name);
-    CompensateSelect plan(c.layout, *kernel);
+    CompensateSelect plan(c.layout, *kernel, kernel == &kPortableFilter ? emit_portable : best_emit());
     expect_selection(expected, run_selection(c, plan, cut));
     if (::testing::Test::HasFatalFailure()) return;
   }

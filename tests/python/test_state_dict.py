@@ -280,7 +280,9 @@ def test_the_state_of_another_rank_or_world_size_is_refused():
             assert refusal == (
                 f"ValueError: TopKEFState.load_state_dict: this state was saved by rank {other_rank} of {other_size}, "
                 f"but this is rank {rank} of 2; residuals belong to a rank: load each rank's own file with the same "
-                "world size, or start without residuals"
+                "world size, or start without residuals "
+                "(a model that averages over a part of the ranks: register it before loading, "
+                "or pass TopKEFState(process_group=...))"
             )
 
 
