@@ -4,6 +4,8 @@ An ordinary DistributedDataParallel script on the real 8x8 digits of scikit-lear
 are all that compressed_ddp adds.
 """
 
+import os
+
 import torch
 from sklearn.datasets import load_digits
 from torch import distributed, nn
@@ -11,6 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from compressed_ddp import TopKEFState, topk_ef_hook  # <- compressed_ddp
+
+if "RANK" not in os.environ:
+    raise SystemExit(__doc__)
 
 distributed.init_process_group("gloo")
 torch.manual_seed(0)

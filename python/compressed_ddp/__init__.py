@@ -5,6 +5,20 @@ state = TopKEFState(density=0.01)
 model.register_comm_hook(state, topk_ef_hook)
 """
 
+import sys as _sys
+
+try:
+    from . import (
+        _native as _native,
+    )  # first: it says in one line what is wrong with torch or the build
+except ImportError:
+    # `python -m compressed_ddp.info` imports this package before it can report why that fails.
+    if _sys.argv[:1] == ["-m"] and "compressed_ddp.info" in _sys.orig_argv:
+        from . import info as _info
+
+        _sys.exit(_info.main())
+    raise
+
 from . import ops as ops
 from ._build_info import PACKAGE_VERSION as __version__  # noqa: F401
 from .adam import adam_param_groups

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
-from .state import TopKEFState, _strip_wrappers
+from .names import trained_parameters
+from .state import TopKEFState
 
 _BUCKET_BYTES = 25 * 2**20  # DDP's own default
 
@@ -37,14 +40,18 @@ def all_reduce_(
     the same step are not touched, since they may have been used already.
 
     Raises:
-        ValueError: segments that do not add up, a name that stood for another shape, another dtype.
+        ValueError, TypeError: segments that do not add up, a name that stood for another shape, another dtype or layout.
         RuntimeError: the ranks disagree, or the exchange failed; the residual has lost nothing.
     """
-    if segments is None:
-        segments = [tensor.numel()]
+    _check_tensor(tensor)
+    if not isinstance(name, str):
+        raise TypeError(
+            f"all_reduce_: expected name to be a str, the same in every step and on every rank, got {name!r}"
+        )
+    segments = [tensor.numel()] if segments is None else _checked_segments(segments)
     if any(numel < 0 for numel in segments) or sum(segments) != tensor.numel():
         raise ValueError(
-            f"all_reduce_: expected segments to add up to the tensor's numel {tensor.numel()}, got {list(segments)}"
+            f"all_reduce_: expected segments to add up to the tensor's numel {tensor.numel()}, got {segments}"
         )
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -52,7 +59,7 @@ def all_reduce_(
         )
     flat = tensor.contiguous().view(-1)  # the tensor itself, or a row-major copy
     future = state._engine_with_process_group().reduce_named(
-        flat, tensor, name, list(segments), bool(state._is_exempt(name, tensor))
+        flat, tensor, name, segments, bool(state._is_exempt(name, tensor))
     )
     is_copy = not tensor.is_contiguous()
 
@@ -67,6 +74,32 @@ def all_reduce_(
     if is_copy:
         tensor.copy_(flat.view(tensor.shape))
     return tensor
+
+
+def _check_tensor(tensor: object) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(
+            f"all_reduce_: expected a tensor, got {type(tensor).__name__}; give the tensors of a list a name and a call each"
+        )
+    if tensor.layout != torch.strided:
+        raise ValueError(
+            f"all_reduce_: expected a dense tensor, got {tensor.layout}; pass tensor.to_dense()"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
+        raise ValueError(
+            "all_reduce_: expected a tensor whose entries have memory of their own, because it is overwritten, got an expanded "
+            "one; pass tensor.clone(memory_format=torch.contiguous_format)"
+        )
+
+
+def _checked_segments(segments: Any) -> list[int]:
+    if isinstance(segments, (list, tuple, torch.Size)) and all(
+        isinstance(numel, numbers.Integral) and not isinstance(numel, bool) for numel in segments
+    ):
+        return [int(numel) for numel in segments]
+    raise TypeError(
+        f"all_reduce_: expected segments to be a list of ints, the numels of what lies in the tensor, got {segments!r}"
+    )
 
 
 @torch.no_grad()
@@ -84,14 +117,11 @@ def all_reduce_gradients(
     One exchange per 25 MiB of parameters of one dtype and device. Gradients must have the dtype and device of their parameter.
 
     Raises:
+        TypeError: no pairs (name, parameter).
         ValueError: other parameters than before, or a gradient of another dtype, device or layout.
         RuntimeError: the ranks disagree, or an exchange failed; no residual has lost anything, but some gradients may be averaged already.
     """
-    first_names: dict[int, tuple[str, torch.Tensor]] = {}  # a tied parameter comes once
-    for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            first_names.setdefault(id(parameter), (_strip_wrappers(name), parameter))
-    named = list(first_names.values())
+    named = trained_parameters("all_reduce_gradients", named_parameters)
     if not named:
         return
     for name, parameter in named:
@@ -105,7 +135,7 @@ def all_reduce_gradients(
                 f"all_reduce_gradients: expected the gradient of '{name}' to be dense {parameter.dtype} on "
                 f"{parameter.device}, got {gradient.dtype} on {gradient.device} ({gradient.layout})"
             )
-    state.bind(named)
+    state._bind(named, stacklevel=4)  # torch.no_grad's wrapper is a frame of its own
     engine = state._engine_with_process_group()
     started = []
     for parameters in _buckets([parameter for _, parameter in named]):

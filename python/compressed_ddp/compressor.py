@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import time
 from typing import Any
 
@@ -23,9 +24,7 @@ class TopKCompressor:
     """
 
     def __init__(self, density: float) -> None:
-        if not 0.0 < density <= 1.0:
-            raise ValueError(f"TopKCompressor: density must be in (0, 1], got {density!r}")
-        self.density = density
+        self.density = _checked_density(density)
         self.stats: dict[str, float] = {
             "calls": 0.0,
             "dense_bytes": 0.0,
@@ -58,6 +57,17 @@ class TopKCompressor:
         return dense.view(shape)
 
 
+def _checked_density(density: Any) -> float:
+    if isinstance(density, bool) or not isinstance(density, numbers.Real):
+        raise TypeError(
+            f"TopKCompressor: density must be a number in (0, 1], 0.01 for 1 %, got {density!r}"
+        )
+    number = float(density)
+    if not 0.0 < number <= 1.0:
+        raise ValueError(f"TopKCompressor: density must be in (0, 1], got {density!r}")
+    return number
+
+
 class ErrorFeedbackBuffer:
     """What was not sent, by name; added to the next gradient.
 
@@ -71,14 +81,9 @@ class ErrorFeedbackBuffer:
 
     def compensate(self, name: str, gradient: Tensor) -> Tensor:
         """Returns gradient + residual as a new float32 tensor (the gradient alone for a new name)."""
-        residual = self._residuals.get(name)
+        residual = self._residual_of(name, gradient, "compensate")
         if residual is None:
             return gradient.detach().to(torch.float32, copy=True)
-        if residual.shape != gradient.shape:
-            raise ValueError(
-                f"ErrorFeedbackBuffer.compensate: '{name}' stands for shape {tuple(residual.shape)}, got "
-                f"{tuple(gradient.shape)}; use another name"
-            )
         return gradient.detach().float() + residual
 
     def update(self, name: str, compensated: Tensor, sent: Tensor) -> None:
@@ -89,11 +94,22 @@ class ErrorFeedbackBuffer:
                 f"ErrorFeedbackBuffer.update: expected compensated and sent of one shape, got {tuple(compensated.shape)} and "
                 f"{tuple(sent.shape)}"
             )
-        old = self._residuals.get(name, torch.zeros((), device=compensated.device))
+        old = self._residual_of(name, compensated, "update")
+        if old is None:
+            old = torch.zeros((), device=compensated.device)
         left = compensated.detach().float() - sent.detach().float()
         self._residuals[name] = torch.where(
             torch.isfinite(compensated) & torch.isfinite(left), left, old
         )
+
+    def _residual_of(self, name: str, tensor: Tensor, method: str) -> Tensor | None:
+        residual = self._residuals.get(name)
+        if residual is not None and residual.shape != tensor.shape:
+            raise ValueError(
+                f"ErrorFeedbackBuffer.{method}: '{name}' stands for shape {tuple(residual.shape)}, got "
+                f"{tuple(tensor.shape)}; use another name"
+            )
+        return residual
 
     def state_dict(self) -> dict[str, Any]:
         """{"version": 1, "residuals": {name: float32 tensor}}; copies."""
@@ -104,9 +120,19 @@ class ErrorFeedbackBuffer:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what `state_dict` returned; replaces everything."""
+        if not isinstance(state_dict, dict):
+            raise TypeError(
+                "ErrorFeedbackBuffer.load_state_dict: expected what ErrorFeedbackBuffer.state_dict() returned, a dict, got "
+                f"{type(state_dict).__name__}"
+            )
         if state_dict.get("version") != 1:
             raise ValueError(
                 f"ErrorFeedbackBuffer.load_state_dict: expected version 1, got {state_dict.get('version')!r}"
+            )
+        if not isinstance(state_dict.get("residuals"), dict):
+            raise TypeError(
+                "ErrorFeedbackBuffer.load_state_dict: expected residuals to be a dict of name to tensor, got "
+                f"{type(state_dict.get('residuals')).__name__}; load what ErrorFeedbackBuffer.state_dict() returned"
             )
         self._residuals = {
             name: residual.clone() for name, residual in state_dict["residuals"].items()

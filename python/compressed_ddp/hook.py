@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from . import _native
+from .names import trained_parameters
 from .state import TopKEFState
 
 
@@ -48,9 +49,15 @@ def register(model: DistributedDataParallel, state: TopKEFState) -> None:
         RuntimeError: the model has a hook already, or does not use the C++ reducer.
         ValueError: the state serves another model.
     """
+    is_compiled_ddp = isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel)
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(
-            f"register: expected a DistributedDataParallel model, got {type(model).__name__}; wrap the model first"
+            f"register: expected a DistributedDataParallel model, got {type(model).__name__}; "
+            + (
+                "pass the DDP model inside, the one that was given to torch.compile"
+                if is_compiled_ddp
+                else "wrap the model first"
+            )
         )
     if getattr(model, "_use_python_reducer", False):
         raise RuntimeError(
@@ -62,7 +69,7 @@ def register(model: DistributedDataParallel, state: TopKEFState) -> None:
         raise RuntimeError(
             f"register: the model already has the communication hook {name}; DDP takes one"
         )
-    state.bind(model)
+    state._bind(trained_parameters("register", model, takes_module=True), stacklevel=3)
     if state.process_group is None:
         state._use_process_group(model.process_group)
     _native._C.register_hook(model.reducer, state._engine_with_process_group())

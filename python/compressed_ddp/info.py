@@ -47,10 +47,19 @@ def _self_check() -> str:
     return "passed: two ranks, one bucket, native == reference.py bit for bit"
 
 
+def _build_info(name: str) -> object:
+    return getattr(importlib.import_module("._build_info", __package__), name)
+
+
 def main() -> int:
     print(f"{'python:':28}{sys.version.split()[0]} on {platform.platform()}")
     works = _probe("torch", lambda: importlib.import_module("torch").__version__)
-    works &= _probe("compressed_ddp", lambda: importlib.import_module("compressed_ddp").__version__)
+    # Not from the package: where it cannot be imported, it calls this function to say so.
+    works &= _probe("compressed_ddp", lambda: _build_info("PACKAGE_VERSION"))
+    works &= _probe("built against torch", lambda: _build_info("TORCH_VERSION"))
+    works &= _probe(
+        "compiled module", lambda: importlib.import_module("._native", __package__)._C.__file__
+    )
     if not works:
         return 1
 
@@ -58,7 +67,6 @@ def main() -> int:
 
     from ._native import _C
 
-    works &= _probe("built against torch", lambda: _C.torch_version)
     works &= _probe("instruction set", lambda: _C.instruction_set)
     works &= _probe("wire format version", lambda: _C.wire_version)
     _probe(

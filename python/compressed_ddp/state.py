@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,12 +15,12 @@ from torch import nn
 
 from . import _native
 from .adam import warn_about_momentum_once
+from .names import trained_parameters, unwrapped
 
 Exempt = str | Iterable[str] | Callable[[str, torch.Tensor], bool]
 
 _STATE_DICT_VERSION = 1
 _SCOPES = ("tensor", "bucket")
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 class TopKEFState:
@@ -79,6 +80,8 @@ class TopKEFState:
         self._loaded_rank: tuple[int, int] | None = (
             None  # rank and world_size of a loaded state, until they are checked
         )
+        self._bound: dict[str, weakref.ref[torch.Tensor]] | None = None  # by name
+        self._loaded_names: list[str] = []  # of loaded residuals, until a model is bound
         self._used_rank: tuple[int, int] | None = None  # rank and world_size in the engine's group
         self._engine = _native._C.Engine(
             density=self.density,
@@ -89,7 +92,8 @@ class TopKEFState:
             exempt_needs_names=self._exempt is not None,
         )
         if named_parameters is not None:
-            self.bind(named_parameters)
+            named = trained_parameters("TopKEFState", named_parameters, takes_module=True)
+            self._bind(named, stacklevel=3)
         warn_about_momentum_once(self)
 
     def __repr__(self) -> str:
@@ -109,41 +113,88 @@ class TopKEFState:
         """Takes the parameters' names (and with them, `exempt` and a loaded state take effect). Returns the state itself.
 
         Args:
-            model: the module that is trained, wrapped or not, or its named parameters. Leading `module.` and `_orig_mod.` are
-                stripped from the names. Parameters without gradients are left out; of the names of a tied one, the first counts.
+            model: the module that is trained, wrapped or not, or its named parameters. torch.compile's `_orig_mod.` is stripped from
+                the names, and DDP's `module.` when all begin with it. Parameters without gradients are left out; of the names
+                of a tied one, the first counts.
 
         Raises:
+            TypeError: neither a module nor pairs (name, parameter).
             ValueError: the state is bound to other parameters, or has compressed others already.
         """
-        named = model.named_parameters() if isinstance(model, nn.Module) else model
-        parameters = []
-        seen: set[int] = set()
-        for name, parameter in named:
-            if not isinstance(name, str) or not isinstance(parameter, torch.Tensor):
-                raise TypeError(
-                    "TopKEFState.bind: expected a module or pairs (name, parameter), got a pair of "
-                    f"{type(name).__name__} and {type(parameter).__name__}"
-                )
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                name = _strip_wrappers(name)
-                parameters.append((name, parameter, self._is_exempt(name, parameter)))
+        self._bind(trained_parameters("TopKEFState.bind", model, takes_module=True), stacklevel=3)
+        return self
+
+    def _bind(self, named: list[tuple[str, torch.Tensor]], stacklevel: int) -> None:
+        """`named` comes from `trained_parameters`; `stacklevel` is that of a warning from here."""
+        self._check_joined_and_left(named)
+        parameters = [(name, tensor, self._is_exempt(name, tensor)) for name, tensor in named]
         is_first = not self._engine.is_bound()
         self._engine.bind(parameters)
+        if is_first:
+            self._bound = {name: weakref.ref(tensor) for name, tensor in named}
         if is_first and self._exempt is not None and not any(exempt for _, _, exempt in parameters):
             warnings.warn(
                 "TopKEFState: exempt matches none of the model's parameters; their names are, for example, "
-                + ", ".join(repr(name) for name, _, _ in parameters[:3]),
-                stacklevel=2,
+                + _some_names([name for name, _ in named]),
+                stacklevel=stacklevel,
             )
-        return self
+        self._warn_about_unmatched_names(stacklevel + 1)
+
+    def _check_joined_and_left(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        """The bound model with other trained parameters than before. (Of another model the engine says so.)"""
+        if self._bound is None:
+            return
+        given = dict(named)
+        common = given.keys() & self._bound.keys()
+        if not common or any(self._bound[name]() is not given[name] for name in common):
+            return
+        joined = [name for name in given if name not in common]
+        left = [name for name in self._bound if name not in common]
+        changes = [
+            f"{_some_names(names)} {verb} the trained parameters"
+            for names, verb in ((joined, "joined"), (left, "left"))
+            if names
+        ]
+        if changes:
+            raise ValueError(
+                f"TopKEFState: {' and '.join(changes)} after this state was bound to the model (requires_grad was changed, or "
+                "other parameters were passed), but a state keeps the parameters that it was bound to; go on with a new one: "
+                "new = TopKEFState(...) with the same options and new.load_state_dict(state.state_dict()), on every rank"
+            )
+
+    def _warn_about_unmatched_names(self, stacklevel: int) -> None:
+        """Once for each loaded state, as soon as it and the model's names are there."""
+        if self._bound is None or not self._loaded_names:
+            return
+        unmatched = [name for name in self._loaded_names if name not in self._bound]
+        self._loaded_names = []
+        if unmatched:
+            warnings.warn(
+                f"TopKEFState: the loaded state has residuals of {_some_names(unmatched)}, but the bound model has no trained "
+                f"parameters of these names; its names are, for example, {_some_names(list(self._bound))}; load a state of the "
+                "same model, or rename the keys of state_dict['residuals'] (names given to all_reduce_ may ignore this)",
+                stacklevel=stacklevel,
+            )
+
+    def _compressed_parameters(self) -> list[torch.Tensor] | None:
+        """Those that some step has selected from; None when that is not known because they have no names."""
+        if self._bound is None:
+            return None
+        parameters = [reference() for reference in self._bound.values()]
+        return [p for p in parameters if p is not None and self._engine.is_compressed(p)]
 
     def is_compressed(self, name: str, parameter: torch.Tensor) -> bool:
         """Whether a parameter of this name and shape travels compressed: more than one dimension, at least `min_compress_numel`
-        entries, and not exempt."""
+        entries, and not exempt. `name` is as in `model.named_parameters()`, wrapped or not."""
+        bound_names = (n for n, bound in (self._bound or {}).items() if bound() is parameter)
+        name = next(bound_names, None) or unwrapped([name])[0]
+        return self._travels_compressed(name, parameter)
+
+    def _travels_compressed(self, name: str, parameter: torch.Tensor) -> bool:
+        """By the rules alone; `name` is that of the unwrapped model."""
         if parameter.dim() <= 1 or parameter.numel() < max(1, self.min_compress_numel):
             return False
-        return not self._is_exempt(_strip_wrappers(name), parameter)
+        return not self._is_exempt(name, parameter)
 
     def _is_exempt(self, name: str, parameter: torch.Tensor) -> bool:
         return self._exempt is not None and bool(self._exempt(name, parameter))
@@ -205,6 +256,7 @@ class TopKEFState:
         Call it on every rank: a rank that resets alone takes part in other collectives than the rest, and the backend aborts or hangs.
         """
         self._loaded_rank = None
+        self._loaded_names = []
         self._engine.reset()
 
     # ---- checkpoints
@@ -231,11 +283,18 @@ class TopKEFState:
         """Takes residuals and step from `state_dict()` of the same rank and world size. Call it on every rank.
 
         Residuals wait until their parameter's name is known (`bind`, `register`, or a name given to `all_reduce_`). Options are
-        not taken: a difference to this state's own options is warned about. A parameter without a saved residual starts at zero.
+        not taken: a difference to this state's own options is warned about, and so are residuals whose names the bound model does
+        not have. A parameter without a saved residual starts at zero.
 
         Raises:
+            TypeError: not a dict of the types that `state_dict()` returned.
             ValueError: another version, rank, world size or shape, or a step that this state is already past.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(
+                "TopKEFState.load_state_dict: expected what TopKEFState.state_dict() returned, a dict, got "
+                f"{type(state_dict).__name__}"
+            )
         version = state_dict.get("version")
         if version != _STATE_DICT_VERSION:
             raise ValueError(
@@ -247,6 +306,7 @@ class TopKEFState:
             raise ValueError(
                 f"TopKEFState.load_state_dict: {sorted(missing)} missing; expected what TopKEFState.state_dict() returned"
             )
+        _check_state_dict_types(state_dict)
         loaded = (int(state_dict["rank"]), int(state_dict["world_size"]))
         if self.process_group is not None or dist.is_initialized():
             _check_same_rank(loaded, self._rank_and_world_size())
@@ -269,6 +329,8 @@ class TopKEFState:
             )
         self._engine.load(step, list(state_dict["residuals"].items()))
         self._loaded_rank = loaded_rank
+        self._loaded_names = list(state_dict["residuals"])
+        self._warn_about_unmatched_names(stacklevel=3)
 
     def _options(self) -> dict[str, Any]:
         """The options that matter to a checkpoint."""
@@ -311,34 +373,48 @@ def _checked_integer(option: str, value: Any) -> int:
     return int(value)
 
 
-def _strip_wrappers(name: str) -> str:
-    """`module.` (DDP) and `_orig_mod.` (torch.compile) in front of a name say how the model is wrapped, not what it is called."""
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _WRAPPER_PREFIXES:
-            if name.startswith(prefix):
-                name = name.removeprefix(prefix)
-                stripped = True
-    return name
-
-
-def _exempt_rule(exempt: Exempt) -> Callable[[str, torch.Tensor], bool] | None:
-    if callable(exempt):
-        return exempt
-    if not isinstance(exempt, (str, Iterable)):
+def _check_state_dict_types(state_dict: dict[str, Any]) -> None:
+    who, remedy = "TopKEFState.load_state_dict", "load what TopKEFState.state_dict() returned"
+    for key in ("rank", "world_size", "step"):
+        value = state_dict[key]
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{who}: {key} must be an integer, got {value!r}; {remedy}")
+    residuals = state_dict["residuals"]
+    if not isinstance(residuals, dict):
         raise TypeError(
-            f"TopKEFState: exempt must be regular expressions or a predicate (name, parameter) -> bool, got {exempt!r}"
+            f"{who}: residuals must be a dict of name to tensor, got {type(residuals).__name__}; {remedy}"
         )
+    for name, residual in residuals.items():
+        if not isinstance(name, str) or not isinstance(residual, torch.Tensor):
+            raise TypeError(
+                f"{who}: residuals must be a dict of name to tensor, got {type(residual).__name__} under the key {name!r}; {remedy}"
+            )
+
+
+def _some_names(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _exempt_rule(exempt: Any) -> Callable[[str, torch.Tensor], bool] | None:
+    expected = (
+        "TopKEFState: exempt must be regular expressions or a predicate (name, parameter) -> bool"
+    )
+    if isinstance(exempt, bytes):
+        raise TypeError(f"{expected}, got bytes {exempt!r}; names are str: leave out the b")
+    if callable(exempt):
+        rule: Callable[[str, torch.Tensor], bool] = exempt
+        return rule
+    if not isinstance(exempt, (str, Iterable)):
+        raise TypeError(f"{expected}, got {exempt!r}")
     patterns = [exempt] if isinstance(exempt, str) else list(exempt)
     compiled = []
     for pattern in patterns:
         try:
             compiled.append(re.compile(pattern))
+            compiled[-1].search("")  # bytes compile, and do not fit a name
         except (re.error, TypeError) as error:
-            raise ValueError(
-                f"TopKEFState: exempt must be regular expressions or a predicate (name, parameter) -> bool, got {pattern!r}: {error}"
-            ) from None
+            raise ValueError(f"{expected}, got {pattern!r}: {error}") from None
     if not compiled:
         return None
     return lambda name, parameter: any(pattern.search(name) for pattern in compiled)

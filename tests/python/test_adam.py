@@ -10,6 +10,7 @@ import pytest
 import ranks
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from compressed_ddp import TopKEFState, adam, adam_param_groups, all_reduce_gradients
 
@@ -132,13 +133,14 @@ def test_momentum_on_compressed_parameters_is_warned_about_once(optimizer_name):
     assert filename == __file__, "the warning points at optimizer.step()"
 
 
-def warnings_of_two_optimizers(rank, world_size):
+def warnings_of_several_optimizers(rank, world_size):
     net, state = Net(), TopKEFState(density=0.05, dense_steps=0)
     optimizers = [
         torch.optim.Adam([nn.Parameter(torch.ones(3, requires_grad=True))]),  # of another model
         torch.optim.Adam([net.head.bias]),  # travels dense
-        torch.optim.SGD([net.embed.weight], lr=0.1),  # compressed: it is looked at
+        torch.optim.SGD([net.embed.weight], lr=0.1),  # compressed, and nothing is wrong with it
         torch.optim.Adam([net.head.weight]),
+        torch.optim.Adam([net.embed.weight]),
     ]
     step(net, state)
     counts = []
@@ -150,8 +152,8 @@ def warnings_of_two_optimizers(rank, world_size):
     return counts
 
 
-def test_only_an_optimizer_that_owns_compressed_parameters_is_looked_at():
-    assert ranks.run(1, warnings_of_two_optimizers) == [[0, 0, 0, 0]]
+def test_an_optimizer_is_warned_about_wherever_it_comes_in_the_order_and_only_the_first():
+    assert ranks.run(1, warnings_of_several_optimizers) == [[0, 0, 0, 1, 0]]
 
 
 def warnings_after_another_optimizer(rank, world_size):
@@ -208,3 +210,79 @@ def collect_after_use(rank, world_size):
 
 def test_a_used_state_can_be_collected_and_takes_its_hook_along():
     assert ranks.run(1, collect_after_use) == [(True, True)]
+
+
+def hooks_of(optimizer) -> list:
+    """Of this optimizer and of all of them, before and behind a step; and what `adam` holds itself."""
+    return [
+        *optimizer._optimizer_step_pre_hooks,
+        *optimizer._optimizer_step_post_hooks,
+        *_global_optimizer_pre_hooks,
+        *_global_optimizer_post_hooks,
+        *(handle for handle in (adam._handle, adam._removal) if handle is not None),
+        *adam._watches,
+    ]
+
+
+def hooks_after_each_step(rank, world_size, optimizer_name, bound, num_steps):
+    net, state = Net(), TopKEFState(density=0.05, dense_steps=0)
+    optimizer = OPTIMIZERS[optimizer_name](net, state)
+    counts = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step(net, state)
+        if not bound:
+            state._bound = None  # as with register_comm_hook and without bind
+        for _ in range(num_steps):
+            optimizer.step()
+            counts.append(len(hooks_of(optimizer)))
+    return counts
+
+
+@pytest.mark.parametrize("optimizer_name", ["AdamW", "SGD-momentum"])
+def test_no_hook_is_left_once_all_compressed_parameters_have_been_seen(optimizer_name):
+    assert ranks.run(1, hooks_after_each_step, optimizer_name, True, 3) == [[0, 0, 0]]
+
+
+def test_without_names_the_hook_goes_after_a_bounded_number_of_steps():
+    (counts,) = ranks.run(1, hooks_after_each_step, "SGD-momentum", False, adam._MAX_STEPS + 2)
+    assert all(count > 0 for count in counts[: adam._MAX_STEPS - 1])
+    assert counts[adam._MAX_STEPS - 1 :] == [0, 0, 0]
+
+
+def an_optimizer_with_hooks_of_its_own(rank, world_size):
+    net, state = Net(), TopKEFState(density=0.05, dense_steps=0)
+    step(net, state)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    before = len(optimizer._optimizer_step_post_hooks)
+    for _ in range(2):
+        optimizer.step()
+    return calls, len(optimizer._optimizer_step_post_hooks) - before
+
+
+def test_the_hooks_of_the_user_stay_and_are_called():
+    assert ranks.run(1, an_optimizer_with_hooks_of_its_own) == [(["pre", "post"] * 2, 0)]
+
+
+class Failing(torch.optim.SGD):
+    def step(self, closure=None) -> None:
+        raise KeyError("not today")
+
+
+def a_step_that_raises(rank, world_size):
+    net, state = Net(), TopKEFState(density=0.05, dense_steps=0)
+    step(net, state)
+    failing = Failing(net.parameters(), lr=0.1)
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            failing.step()  # its post-hooks are not reached
+    working = torch.optim.SGD(net.parameters(), lr=0.1)
+    working.step()
+    return len(hooks_of(failing)), len(hooks_of(working))
+
+
+def test_a_step_that_raises_leaves_no_hook_behind_either():
+    assert ranks.run(1, a_step_that_raises) == [(0, 0)]

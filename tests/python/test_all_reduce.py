@@ -244,6 +244,13 @@ def collect_refusals(rank, world_size):
         "whole": (ones, {"name": "cut"}),
         "empty-name": (ones, {"name": ""}),
         "parameter": (torch.ones(40, 50), {"name": "layer.weight"}),
+        "list": ([1.0, 2.0], {"name": "n"}),
+        "sparse": (torch.ones(40, 50).to_sparse(), {"name": "n"}),
+        "expanded": (torch.ones(1, 50).expand(40, 50), {"name": "n"}),
+        "name": (ones, {"name": 3}),
+        "segments-float": (ones, {"name": "n", "segments": [1000.0, 1000.0]}),
+        "segments-number": (ones, {"name": "n", "segments": 2000}),
+        "segments-str": (ones, {"name": "n", "segments": "ab"}),
     }
     refusals = {
         case: error_of(all_reduce_, tensor, state, **options)
@@ -264,6 +271,13 @@ REFUSALS = {
     "whole": "in 2 segments, but now has shape [2000] in 1 segments; use another name, or state.reset()",
     "empty-name": "ValueError: all_reduce_: expected a non-empty name",
     "parameter": "ValueError: all_reduce_: the name 'layer.weight' belongs to a parameter of the bound model; use another name",
+    "list": "TypeError: all_reduce_: expected a tensor, got list; give the tensors of a list a name and a call each",
+    "sparse": "ValueError: all_reduce_: expected a dense tensor, got torch.sparse_coo; pass tensor.to_dense()",
+    "expanded": "ValueError: all_reduce_: expected a tensor whose entries have memory of their own",
+    "name": "TypeError: all_reduce_: expected name to be a str, the same in every step and on every rank, got 3",
+    "segments-float": "TypeError: all_reduce_: expected segments to be a list of ints, the numels of what lies in the tensor, got [1000.0",
+    "segments-number": "TypeError: all_reduce_: expected segments to be a list of ints, the numels of what lies in the tensor, got 2000",
+    "segments-str": "TypeError: all_reduce_: expected segments to be a list of ints, the numels of what lies in the tensor, got 'ab'",
 }
 
 

@@ -96,6 +96,12 @@ def test_a_density_out_of_range_is_refused(density):
         TopKCompressor(density)
 
 
+@pytest.mark.parametrize("density", ["0.01", None, True], ids=repr)
+def test_a_density_that_is_no_number_is_refused(density):
+    with pytest.raises(TypeError, match=re.escape("TopKCompressor: density must be a number in")):
+        TopKCompressor(density)
+
+
 # ---- error feedback
 
 
@@ -146,6 +152,9 @@ def test_names_keep_their_own_residuals_and_their_shape():
         buffer.compensate("a", torch.zeros(6))
     with pytest.raises(ValueError, match=re.escape("compensated and sent of one shape, got (6,)")):
         buffer.update("a", torch.zeros(6), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=re.escape("update: 'a' stands for shape (2, 3), got (6")):
+        buffer.update("a", torch.zeros(6), torch.zeros(6))
+    assert buffer.compensate("a", torch.zeros(2, 3)).unique().tolist() == [1.0]
 
 
 def test_the_buffer_round_trips_through_its_state_dict():
@@ -160,3 +169,7 @@ def test_the_buffer_round_trips_through_its_state_dict():
         assert each.compensate("w", torch.zeros(3)).tolist() == [1.0] * 3
     with pytest.raises(ValueError, match="expected version 1, got 2"):
         other.load_state_dict({"version": 2, "residuals": {}})
+    for wrong in (None, [], {"version": 1}, {"version": 1, "residuals": []}):
+        with pytest.raises(TypeError, match=r"what ErrorFeedbackBuffer\.state_dict\(\) returned"):
+            other.load_state_dict(wrong)
+    assert other.state_dict()["residuals"].keys() == {"w"}

@@ -291,6 +291,17 @@ def test_minimal_script_runs(tmp_path: Path) -> None:
     assert len((EXAMPLES / "minimal_ddp.py").read_text().splitlines()) <= 50
 
 
+@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=["alone", "help"])
+def test_minimal_script_without_torchrun_says_how_to_start_it(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    completed = run(sys.executable, EXAMPLES / "minimal_ddp.py", *arguments, cwd=tmp_path)
+
+    assert completed.returncode == 1
+    assert "torchrun --standalone --nproc-per-node=2 minimal_ddp.py" in completed.stderr
+    assert "Traceback" not in completed.stderr
+
+
 def test_quick_validation_passes(tmp_path: Path) -> None:
     output = succeeded(run(sys.executable, EXAMPLES / "quick_validation.py", cwd=tmp_path))
 

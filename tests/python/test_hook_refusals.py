@@ -89,15 +89,21 @@ def no_ddp_model(rank: int, world_size: int) -> list[str]:
     model._use_python_reducer = True
     return [
         message_of(lambda: register(nn.Linear(2, 2), TopKEFState()), TypeError),
+        message_of(lambda: register(torch.compile(small_model()), TopKEFState()), TypeError),
         message_of(lambda: register(model, TopKEFState()), RuntimeError),
         message_of(lambda: topk_ef_hook(TopKEFState(), (torch.zeros(3), 0)), TypeError),
     ]
 
 
 def test_register_refuses_what_is_not_ddp_and_the_python_reducer() -> None:
-    not_wrapped, python_reducer, tuple_bucket = ranks.run(1, no_ddp_model)[0]
+    not_wrapped, compiled, python_reducer, tuple_bucket = ranks.run(1, no_ddp_model)[0]
     assert_says(
         not_wrapped, "expected a DistributedDataParallel model, got Linear", "wrap the model first"
+    )
+    assert_says(
+        compiled,
+        "got OptimizedModule",
+        "pass the DDP model inside, the one that was given to torch",
     )
     assert_says(
         python_reducer, "python_reducer", "leave torch._dynamo.config.optimize_ddp at its default"

@@ -13,7 +13,15 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from compressed_ddp import TopKEFState, all_reduce_, register, topk_ef_hook
+from compressed_ddp import (
+    TopKEFState,
+    adam_param_groups,
+    all_reduce_,
+    all_reduce_gradients,
+    register,
+    topk_ef_hook,
+)
+from compressed_ddp.names import unwrapped
 
 # ---- options
 
@@ -44,6 +52,8 @@ REFUSED_OPTIONS = [
     ),
     ({"exempt": "("}, ValueError, "exempt must be regular expressions or a predicate"),
     ({"exempt": [3]}, ValueError, "exempt must be regular expressions or a predicate"),
+    ({"exempt": [b"x"]}, ValueError, "exempt must be regular expressions or a predicate"),
+    ({"exempt": b"x"}, TypeError, "got bytes b'x'; names are str: leave out the b"),
     ({"exempt": None}, TypeError, "exempt must be regular expressions or a predicate"),
     ({"process_group": 0.01}, TypeError, "the density is the second argument"),
 ]
@@ -207,7 +217,87 @@ def test_bind_refuses_what_has_no_names():
     with pytest.raises(ValueError, match="a parameter has an empty name"):
         TopKEFState().bind([("module.", nn.Parameter(torch.ones(3)))])
     with pytest.raises(ValueError, match="the name 'w' is used twice"):
-        TopKEFState().bind([(name, nn.Parameter(torch.ones(3))) for name in ("w", "module.w")])
+        TopKEFState().bind([(name, nn.Parameter(torch.ones(3))) for name in ("w", "_orig_mod.w")])
+
+
+NOT_NAMED = [
+    pytest.param(5, "got int; pass model.named_parameters()", id="number"),
+    pytest.param(None, "got NoneType; pass model.named_parameters()", id="None"),
+    pytest.param(torch.ones(3), "got Tensor; pass model.named_parameters()", id="tensor"),
+    pytest.param(
+        list(nn.Linear(3, 4).parameters()),
+        "got a Parameter without a name; pass model.named_parameters(), not model.parameters()",
+        id="parameters",
+    ),
+    pytest.param(
+        dict(nn.Linear(3, 4).named_parameters()), "got a dict; pass its .items()", id="dict"
+    ),
+    pytest.param(["w"], "got 'w'; pass model.named_parameters()", id="names"),
+    pytest.param([("w", 1)], "got a pair of str and int; pass model.named_", id="pair"),
+]
+
+
+@pytest.mark.parametrize(("named", "words"), NOT_NAMED)
+def test_what_brings_no_names_is_refused_with_what_does(named, words):
+    expected = "expected a module or pairs (name, parameter)"
+    with pytest.raises(TypeError, match=re.escape(f"TopKEFState.bind: {expected}, {words}")):
+        TopKEFState().bind(named)
+    if named is not None:  # the default
+        with pytest.raises(TypeError, match=re.escape(f"TopKEFState: {expected}, {words}")):
+            TopKEFState(named_parameters=named)
+
+
+class OwnModule(nn.Module):
+    """`module` is a child of its own here, not DDP's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(40, 40)
+        self.weight = nn.Parameter(torch.ones(40, 40))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x @ self.weight).sum()
+
+
+def names_of_own_module(rank, world_size, entry):
+    net = OwnModule()
+    model = DistributedDataParallel(net)
+    state = sparse_state(exempt="^weight")
+    if entry == "all_reduce_gradients":
+        net(torch.ones(2, 40)).backward()
+        all_reduce_gradients(model.named_parameters(), state)
+        all_reduce_gradients(net.named_parameters(), state)  # the same names
+    else:
+        register(model, state)
+        model(torch.ones(2, 40)).backward()
+    travels = [
+        [state.is_compressed(name, p) for name, p in wrapped.named_parameters()]
+        for wrapped in (net, model)
+    ]
+    compressed, dense = adam_param_groups(model, state)
+    assert compressed["params"] == [net.module.weight]
+    assert dense["params"] == [net.weight, net.module.bias]
+    return sorted(state.state_dict()["residuals"]), travels
+
+
+@pytest.mark.parametrize("entry", ["register", "all_reduce_gradients"])
+def test_a_child_called_module_keeps_its_name_beside_others(entry):
+    for names, travels in ranks.run(2, names_of_own_module, entry):
+        assert names == ["module.weight"]
+        assert travels == [[False, True, False]] * 2
+
+
+def test_names_of_compiled_parts_are_those_of_the_parts():
+    assert unwrapped(["0._orig_mod.weight", "1.weight"]) == ["0.weight", "1.weight"]
+    assert unwrapped(["module._orig_mod.a._orig_mod.b", "module._orig_mod.c"]) == ["a.b", "c"]
+    assert unwrapped(["_orig_mod.module.module.a", "_orig_mod.module.module.b"]) == ["a", "b"]
+    assert unwrapped(["my_orig_mod.w", "module.w"]) == ["my_orig_mod.w", "module.w"]
+    assert unwrapped([]) == []
+    plain, compiled = nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 4))
+    compiled[0] = torch.compile(compiled[0], backend="eager")
+    names = [[name for name, _ in net.named_parameters()] for net in (plain, compiled)]
+    assert names[0] != names[1]
+    assert unwrapped(names[1]) == names[0]
 
 
 def test_a_tied_parameter_goes_by_its_first_name():
@@ -240,6 +330,24 @@ def test_bind_takes_the_same_model_again_and_refuses_another():
     for other in (Net(), nn.Linear(3, 4)):
         with pytest.raises(ValueError, match="this state already serves another model"):
             state.bind(other)
+
+
+def test_other_trained_parameters_of_the_bound_model_are_named_with_the_remedy():
+    net = Net()
+    state = TopKEFState().bind(net)
+    net.frozen.requires_grad_(True)
+    with pytest.raises(ValueError, match="after this state was bound to the model") as caught:
+        state.bind(net)
+    assert "'frozen.weight', 'frozen.bias' joined the trained parameters" in str(caught.value)
+    assert "new.load_state_dict(state.state_dict()), on every rank" in str(caught.value)
+    net.embed.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"joined .* and 'embed\.weight' left the trained"):
+        state.bind(net)
+    net.frozen.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"TopKEFState: 'embed\.weight' left the trained"):
+        state.bind(net)
+    net.embed.requires_grad_(True)
+    assert state.bind(net) is state
 
 
 def serve_a_second_model(rank, world_size, bound):

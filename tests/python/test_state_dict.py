@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from stage_cases import assert_same_bits
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from compressed_ddp import TopKEFState, all_reduce_, all_reduce_gradients
+from compressed_ddp import TopKEFState, all_reduce_, all_reduce_gradients, register
 
 OPTIONS = {"density": 0.05, "dense_steps": 1, "min_compress_numel": 100}
 
@@ -203,7 +204,8 @@ def test_unknown_names_are_kept_and_saved_again():
     loaded = saved()
     loaded["residuals"]["gone"] = unknown
     state.load_state_dict(loaded)
-    state.bind([("w", nn.Parameter(torch.zeros(40, 50)))])
+    with pytest.warns(UserWarning, match="residuals of 'gone'"):
+        state.bind([("w", nn.Parameter(torch.zeros(40, 50)))])
     again = state.state_dict()["residuals"]
     assert again.keys() == {"w", "gone"}
     assert_same_bits(again["gone"], unknown)
@@ -215,7 +217,89 @@ def test_a_parameter_without_a_saved_residual_starts_at_zero():
     assert state.state_dict()["residuals"].keys() == {"w"}
 
 
+FOREIGN = {f"other.{i}": torch.zeros(40, 50) for i in range(5)} | {"w": torch.zeros(40, 50)}
+
+
+def net_of_w_and_v() -> list[tuple[str, nn.Parameter]]:
+    return [(name, nn.Parameter(torch.zeros(40, 50))) for name in "wv"]
+
+
+@pytest.mark.parametrize("first", ["load", "bind"])
+def test_residuals_without_a_parameter_are_warned_about_once_in_both_orders(first):
+    state, named = TopKEFState(), net_of_w_and_v()
+    actions = [
+        lambda: state.load_state_dict(saved(residuals=FOREIGN)),
+        lambda: state.bind(named),
+    ]
+    one, other = actions if first == "load" else reversed(actions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one()
+    with pytest.warns(UserWarning, match="the loaded state has residuals of") as caught:
+        other()
+    (warning,) = caught
+    message = str(warning.message)
+    assert "residuals of 'other.0', 'other.1', 'other.2' and 2 more, but the bound model" in message
+    assert "its names are, for example, 'w', 'v'; load a state of the same model" in message
+    assert warning.filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state.bind(named)
+        state.load_state_dict(saved())
+        state.reset()
+
+
+def load_then_train_another_model(rank, world_size, entry):
+    model = DistributedDataParallel(nn.Linear(40, 50))
+    state = TopKEFState()
+    state.load_state_dict(saved(rank=rank, world_size=world_size))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if entry == "register":
+            register(model, state)
+        elif entry == "constructor":
+            state = TopKEFState(named_parameters=model.named_parameters())
+            state.load_state_dict(saved(rank=rank, world_size=world_size))
+        else:
+            for _ in range(2):
+                all_reduce_gradients(model.named_parameters(), state)
+    return [(str(warning.message)[:52], warning.filename) for warning in caught]
+
+
+@pytest.mark.parametrize("entry", ["register", "constructor", "all_reduce_gradients"])
+def test_every_way_to_bring_the_names_warns_where_it_is_called(entry):
+    expected = [("TopKEFState: the loaded state has residuals of 'w', ", __file__)]
+    assert ranks.run(2, load_then_train_another_model, entry) == [expected] * 2
+
+
 # ---- refusals
+
+NOT_SAVED = [
+    pytest.param(None, "a dict, got NoneType", id="None"),
+    pytest.param([], "a dict, got list", id="list"),
+    pytest.param(saved(step="x"), "step must be an integer, got 'x'", id="step-str"),
+    pytest.param(saved(step=1.5), "step must be an integer, got 1.5", id="step-float"),
+    pytest.param(saved(rank=True), "rank must be an integer, got True", id="rank-bool"),
+    pytest.param(saved(world_size=None), "world_size must be an integer, got None", id="size"),
+    pytest.param(saved(residuals=[]), "dict of name to tensor, got list", id="residuals"),
+    pytest.param(saved(residuals={"w": 5}), "to tensor, got int under the key 'w'", id="no-tensor"),
+    pytest.param(
+        saved(residuals={5: torch.ones(3)}), "to tensor, got Tensor under the key 5", id="no-name"
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "words"), NOT_SAVED)
+def test_what_is_no_saved_state_is_refused_and_changes_nothing(wrong, words):
+    state = TopKEFState()
+    state.load_state_dict(saved())
+    with pytest.raises(TypeError, match=re.escape(words)) as caught:
+        state.load_state_dict(wrong)
+    assert str(caught.value).startswith("TopKEFState.load_state_dict: ")
+    assert "what TopKEFState.state_dict() returned" in str(caught.value)
+    assert state.step == 7
+    assert_same_bits(state.state_dict()["residuals"]["w"], torch.arange(2000.0).view(40, 50))
+
 
 REFUSALS = [
     ({"version": 2}, "expected version 1, got 2; load it with the compressed_ddp that saved it"),
