@@ -68,6 +68,22 @@ Layout Bucket::make_layout(double density) const {
 
 int64_t Bucket::selected_numel(double density) const { return make_layout(density).selected_numel; }
 
+void Bucket::point_at_residuals(ResidualStore* residuals, c10::Device device) {
+  residuals_.assign(parts_.size(), nullptr);
+  for (size_t s = 0; s < parts_.size(); ++s) {
+    if (parts_[s].dense || residuals == nullptr) continue;
+    Entry& entry = *key_.entries[parts_[s].entry];
+    residuals->ensure_residual(entry, device);
+    residuals_[s] = entry.residual.data_ptr<float>() + parts_[s].offset;
+  }
+}
+
+void Bucket::note_sent(const std::vector<uint8_t>& unused) {
+  for (size_t s = 0; s < parts_.size(); ++s) unused_[s] = parts_[s].entry < unused.size() ? unused[parts_[s].entry] : 0;
+  for (const Part& part : parts_)
+    if (!part.dense) key_.entries[part.entry]->was_compressed = true;
+}
+
 void Bucket::prepare(double density, int64_t world_size, ResidualStore* residuals, CompensateSelect::Scratch& scratch) {
   const bool error_feedback = residuals != nullptr;
   if (density == density_ && world_size == world_size_ && error_feedback == error_feedback_) return;
@@ -77,13 +93,7 @@ void Bucket::prepare(double density, int64_t world_size, ResidualStore* residual
     compensate_select_ = std::make_unique<CompensateSelect>(layout_);
     compensate_select_->use_scratch(scratch);
   }
-  residuals_.assign(parts_.size(), nullptr);
-  for (size_t s = 0; s < parts_.size(); ++s) {
-    if (parts_[s].dense || !error_feedback) continue;
-    Entry& entry = *key_.entries[parts_[s].entry];
-    residuals->ensure_residual(entry);
-    residuals_[s] = entry.residual.data_ptr<float>() + parts_[s].offset;
-  }
+  point_at_residuals(residuals, at::kCPU);
   unused_.assign(parts_.size(), 0);
   payload_ = at::empty({payload_bytes(layout_)}, at::dtype(at::kByte));
   gathered_ = at::empty({world_size * payload_bytes(layout_)}, at::dtype(at::kByte));
@@ -93,7 +103,7 @@ void Bucket::prepare(double density, int64_t world_size, ResidualStore* residual
 }
 
 void Bucket::compensate_select_and_encode(const at::Tensor& gradient, const std::vector<uint8_t>& unused, uint32_t rank, int64_t step) {
-  for (size_t s = 0; s < parts_.size(); ++s) unused_[s] = parts_[s].entry < unused.size() ? unused[parts_[s].entry] : 0;
+  note_sent(unused);
   auto* payload = payload_.data_ptr<uint8_t>();
   // compensate_select_ writes its entries straight into the payload: encode has nothing left to copy.
   const PayloadEntries entries = payload_entries(layout_, payload);
@@ -103,12 +113,9 @@ void Bucket::compensate_select_and_encode(const at::Tensor& gradient, const std:
   sent_ = error_feedback_;
   const EncodeStatistics dense = encode_dense(layout_, gradient.const_data_ptr(), key_.type, unused_.data(), payload);
   encode_header(layout_, rank, static_cast<uint32_t>(world_size_), step, selected.non_finite + dense.non_finite > 0, payload);
-  for (const Part& part : parts_)
-    if (!part.dense) key_.entries[part.entry]->was_compressed = true;
   last.gradient_sq = selected.gradient_sq + dense.gradient_sq;
   last.residual_sq = selected.residual_sq;
   last.sent_sq = selected.sent_sq;
-  last.payload_bytes = static_cast<double>(payload_bytes(layout_));
 }
 
 bool Bucket::decode_apply(at::Tensor& gradient, int64_t step) const {
@@ -120,9 +127,51 @@ bool Bucket::decode_apply(at::Tensor& gradient, int64_t step) const {
 }
 
 void Bucket::restore() {
+#if COMPRESSED_DDP_CUDA
+  if (device_ != nullptr) return; // restore_on_device
+#endif
   if (!sent_) return;
   compressed_ddp::restore(layout_, payload_.const_data_ptr<uint8_t>(), unused_.data(), residuals_.data());
   sent_ = false;
 }
+
+#if COMPRESSED_DDP_CUDA
+bool Bucket::is_prepared_on_device(double density, int64_t world_size, const ResidualStore* residuals) const {
+  return device_ != nullptr && density == density_ && world_size == world_size_ && (residuals != nullptr) == error_feedback_;
+}
+
+void Bucket::prepare_on_device(double density, int64_t world_size, ResidualStore* residuals, c10::Device device, cudaStream_t stream) {
+  if (is_prepared_on_device(density, world_size, residuals)) return;
+  device_.reset();
+  layout_ = make_layout(density);
+  point_at_residuals(residuals, device);
+  unused_.assign(parts_.size(), 0);
+  device_ = std::make_unique<DeviceBucket>(layout_, key_.type, device, world_size,
+                                           residuals == nullptr ? std::vector<float*>{} : residuals_, stream);
+  density_ = density;
+  world_size_ = world_size;
+  error_feedback_ = residuals != nullptr;
+}
+
+void Bucket::compensate_select_and_encode_on_device(const at::Tensor& gradient, const std::vector<uint8_t>& unused, uint32_t rank,
+                                                    int64_t step, cudaStream_t stream) {
+  note_sent(unused);
+  device_->compensate_select_and_encode(gradient, unused_, rank, step, stream);
+  sent_ = error_feedback_;
+}
+
+void Bucket::restore_on_device(const uint32_t* condition, cudaStream_t stream) {
+  if (!sent_) return;
+  device_->restore(condition, stream);
+  sent_ = false;
+}
+
+void Bucket::read_statistics(cudaStream_t stream) {
+  const cuda::SelectStatistics sums = device_->statistics(stream);
+  last.gradient_sq = sums.gradient_sq;
+  last.sent_sq = sums.sent_sq;
+  last.residual_sq = std::max(0.0, sums.acc_sq - sums.sent_sq);
+}
+#endif
 
 } // namespace compressed_ddp

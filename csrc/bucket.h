@@ -11,6 +11,9 @@
 
 #include "cpu/compensate_select.h"
 #include "cpu/encode.h"
+#if COMPRESSED_DDP_CUDA
+#include "device_bucket.h"
+#endif
 #include "layout.h"
 #include "residuals.h"
 
@@ -54,6 +57,18 @@ class Bucket {
   // Layout for this density and buffers for this world size; allocates only when one of them changed.
   void prepare(double density, int64_t world_size, ResidualStore* residuals, CompensateSelect::Scratch& scratch);
 
+#if COMPRESSED_DDP_CUDA
+  // The same stages on a device (device_bucket.h), enqueued on `stream`. restore_on_device: only if `condition` says so, nullptr = always.
+  bool is_prepared_on_device(double density, int64_t world_size, const ResidualStore* residuals) const;
+  void prepare_on_device(double density, int64_t world_size, ResidualStore* residuals, c10::Device device, cudaStream_t stream);
+  void compensate_select_and_encode_on_device(const at::Tensor& gradient, const std::vector<uint8_t>& unused, uint32_t rank, int64_t step,
+                                              cudaStream_t stream);
+  void restore_on_device(const uint32_t* condition, cudaStream_t stream);
+  void read_statistics(cudaStream_t stream); // into `last`; waits
+  DeviceBucket* on_device() const { return device_.get(); }
+  std::shared_ptr<DeviceReport> report;
+#endif
+
   // Stages 1 and 2. gradient: flat CPU tensor [layout numel]. unused: per entry. Afterwards payload() is complete.
   void compensate_select_and_encode(const at::Tensor& gradient, const std::vector<uint8_t>& unused, uint32_t rank, int64_t step);
   const at::Tensor& payload() const { return payload_; }
@@ -84,6 +99,8 @@ class Bucket {
 
  private:
   Layout make_layout(double density) const;
+  void point_at_residuals(ResidualStore* residuals, c10::Device device);
+  void note_sent(const std::vector<uint8_t>& unused);
 
   struct Part { // one segment of the layout
     size_t entry;
@@ -106,6 +123,9 @@ class Bucket {
   std::vector<uint8_t> unused_;   // per segment, of the last step
   at::Tensor payload_;
   at::Tensor gathered_;
+#if COMPRESSED_DDP_CUDA
+  std::unique_ptr<DeviceBucket> device_;
+#endif
   bool sent_ = false; // payload_ holds entries that are missing from the residual
 };
 

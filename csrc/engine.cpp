@@ -21,7 +21,27 @@ std::string text_of(const std::exception& error) {
   return torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
 }
 
-std::exception_ptr failed_exchange(const Engine::Place& place, const std::exception& error, bool refused = false) {
+bool has_backend(c10d::ProcessGroup& process_group, c10::DeviceType type) {
+  try {
+    process_group.getBackend(type);
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+// Records are compared on the host, and so travel as CPU tensors where that is possible.
+c10::Device record_device(c10d::ProcessGroup& process_group, c10::Device device) {
+  if (has_backend(process_group, at::kCPU)) return at::kCPU;
+  TORCH_CHECK(!device.is_cpu(),
+              "compressed_ddp: the process group has no backend for CPU tensors, through which these buckets are exchanged; "
+              "use init_process_group(backend='cpu:gloo,cuda:nccl')");
+  return device;
+}
+
+} // namespace
+
+std::exception_ptr failed_exchange(const Engine::Place& place, const std::exception& error, bool refused) {
   return std::make_exception_ptr(std::runtime_error(
       "compressed_ddp: the exchange of the bucket that begins with '" + place.bucket->name() + "' failed at step " +
       std::to_string(place.step) + " on rank " + std::to_string(place.rank) + " of " + std::to_string(place.world_size) + ": " +
@@ -32,20 +52,6 @@ std::exception_ptr failed_exchange(const Engine::Place& place, const std::except
       "Nothing is lost here: what this rank had selected goes back into its residual, so state.state_dict() "
       "can still be saved; then restart from the last checkpoint."));
 }
-
-// Payloads and agreement records are CPU tensors.
-void check_cpu_backend(c10d::ProcessGroup& process_group) {
-  try {
-    process_group.getBackend(c10::DeviceType::CPU);
-  } catch (const std::exception&) {
-    TORCH_CHECK(
-        false,
-        "compressed_ddp: the process group has no backend for CPU tensors, and this version exchanges payloads through host memory; "
-        "use init_process_group(backend='cpu:gloo,cuda:nccl')");
-  }
-}
-
-} // namespace
 
 Engine::Engine(EngineOptions options) : options_(std::move(options)), process_group_(c10::intrusive_ptr<c10d::ProcessGroup>()) {}
 
@@ -190,6 +196,9 @@ bool Engine::gives_back(const Bucket& bucket) const { return bucket.failed || (p
 // What the last step sent is now either spent, or goes back because the optimizer did not use it.
 void Engine::settle() {
   const std::lock_guard lock(progress_->mutex);
+#if COMPRESSED_DDP_CUDA
+  settle_device(false);
+#endif
   for (const auto& bucket : step_buckets_) {
     if (gives_back(*bucket))
       bucket->restore();
@@ -210,6 +219,9 @@ void Engine::reduce(Request& request) {
               "compressed_ddp: the process group is gone (destroy_process_group was called?); create a new TopKEFState, or a new "
               "process group before the next step");
   begin_step_if_repeated(request);
+#if COMPRESSED_DDP_CUDA
+  if (has_cuda_stages(request.buffer.device())) return reduce_on_device(bucket_of(request), request, process_group);
+#endif
   if (!request.buffer.is_cpu()) return reduce_through_host(request, process_group);
   const std::shared_ptr<Bucket> bucket = bucket_of(request);
   if (is_dense_step()) return reduce_dense(bucket, request, process_group);
@@ -287,22 +299,40 @@ void Engine::start(const std::shared_ptr<Bucket>& bucket, const Request& request
   });
 }
 
-void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request,
-                           const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
-  const int64_t world_size = process_group->getSize();
-  const auto rank = static_cast<uint32_t>(process_group->getRank());
-  agree(bucket, *process_group);
-  bucket->prepare(density_of_current_step(), world_size, options_.error_feedback ? &residuals_ : nullptr, scratch_);
-
-  bucket->compensate_select_and_encode(request.buffer, request.unused, rank, step_);
+// What the metrics say of a bucket, as far as the host knows it without looking at entries.
+void Engine::note_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size, int64_t payload_bytes) {
   has_compressed_ = true;
   const auto gradient_bytes = static_cast<int64_t>(request.buffer.nbytes());
   bucket->last.step = step_;
   bucket->last.dense = false;
   bucket->last.gradient_bytes = static_cast<double>(gradient_bytes);
+  bucket->last.payload_bytes = static_cast<double>(payload_bytes);
   bucket->last.dense_bytes = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
-  bucket->last.bytes_sent = all_gather_sent_bytes(world_size, bucket->payload().numel());
+  bucket->last.bytes_sent = all_gather_sent_bytes(world_size, payload_bytes);
   step_buckets_.push_back(bucket);
+}
+
+void Engine::note_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size) {
+  const auto gradient_bytes = static_cast<int64_t>(request.buffer.nbytes());
+  bucket->last = {};
+  bucket->last.step = step_;
+  bucket->last.dense = true;
+  bucket->last.gradient_bytes = bucket->last.payload_bytes = static_cast<double>(gradient_bytes);
+  bucket->last.dense_bytes = bucket->last.bytes_sent = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
+  const auto norm = at::linalg_vector_norm(request.buffer, 2, std::nullopt, false, at::kFloat).item<double>();
+  bucket->last.gradient_sq = bucket->last.sent_sq = norm * norm;
+  step_buckets_.push_back(bucket);
+}
+
+void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request,
+                           const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
+  const int64_t world_size = process_group->getSize();
+  const auto rank = static_cast<uint32_t>(process_group->getRank());
+  agree(bucket, *process_group, at::kCPU);
+  bucket->prepare(density_of_current_step(), world_size, options_.error_feedback ? &residuals_ : nullptr, scratch_);
+
+  bucket->compensate_select_and_encode(request.buffer, request.unused, rank, step_);
+  note_sparse(bucket, request, world_size, bucket->payload().numel());
 
   const Place place{bucket, step_, static_cast<int>(rank), static_cast<int>(world_size)};
   start(
@@ -313,16 +343,8 @@ void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request&
 void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& request,
                           const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const int64_t world_size = process_group->getSize();
-  agree(bucket, *process_group);
-  const auto gradient_bytes = static_cast<int64_t>(request.buffer.nbytes());
-  bucket->last = {};
-  bucket->last.step = step_;
-  bucket->last.dense = true;
-  bucket->last.gradient_bytes = bucket->last.payload_bytes = static_cast<double>(gradient_bytes);
-  bucket->last.dense_bytes = bucket->last.bytes_sent = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
-  const auto norm = at::linalg_vector_norm(request.buffer, 2, std::nullopt, false, at::kFloat).item<double>();
-  bucket->last.gradient_sq = bucket->last.sent_sq = norm * norm;
-  step_buckets_.push_back(bucket);
+  agree(bucket, *process_group, at::kCPU);
+  note_dense(bucket, request, world_size);
   at::Tensor buffer = request.buffer;
   buffer.div_(world_size); // before the sum, so that fp16 does not overflow
   const Place place{bucket, step_, process_group->getRank(), static_cast<int>(world_size)};
@@ -348,7 +370,7 @@ void Engine::reduce_through_host(const Request& request, const c10::intrusive_pt
 
 // ---- agreement
 
-void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& process_group) {
+void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& process_group, c10::Device device) {
   const uint64_t structure = bucket->structure_hash();
   const bool dense = is_dense_step();
   const bool callable = static_cast<bool>(options_.density_of_step);
@@ -356,7 +378,7 @@ void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& pr
   // header that could show another step. Then the ranks compare once in every step.
   const bool compare_step = (callable || dense) && agreed_step_ != step_;
   if (agreed_.contains(bucket->identity_hash()) && !compare_step) return;
-  check_cpu_backend(process_group);
+  const c10::Device where = record_device(process_group, device);
 
   AgreementRecord record;
   record.wire_version = kWireVersion;
@@ -389,7 +411,9 @@ void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& pr
   at::Tensor all = at::empty({record.world_size * static_cast<int64_t>(sizeof record)}, at::dtype(at::kByte));
   std::memcpy(mine.data_ptr<uint8_t>(), &record, sizeof record);
   try {
-    all_gather(process_group, mine, all);
+    at::Tensor gathered = all.to(where);
+    all_gather(process_group, mine.to(where), gathered);
+    all = gathered.to(at::kCPU);
   } catch (const std::exception& error) {
     std::rethrow_exception(failed_exchange({bucket, step_, process_group.getRank(), process_group.getSize()}, error));
   }

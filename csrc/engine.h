@@ -113,6 +113,19 @@ class Engine {
                      const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
   void reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& request,
                     const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
+#if COMPRESSED_DDP_CUDA // engine_device.cpp
+  DeviceStream& device_stream(c10::Device device);
+  void reduce_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request,
+                        const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
+  void sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group);
+  void dense_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group);
+  void raise_reports();
+  void settle_device(bool all);
+  void settle_device_now();
+  void read_device_statistics();
+#endif
+  void note_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size, int64_t payload_bytes);
+  void note_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);
   template <typename Collective, typename Apply>
   void start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place, Collective&& collective, Apply apply);
   void begin_step_if_repeated(Request& request);
@@ -120,7 +133,7 @@ class Engine {
   void check_one_model(const c10d::GradBucket& bucket, const std::vector<at::Tensor>& parameters);
   std::shared_ptr<Bucket> bucket_of(const Request& request);
   double density_of_current_step();
-  void agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& process_group);
+  void agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& process_group, c10::Device device);
   void wait_until_idle();
   bool gives_back(const Bucket& bucket) const; // with the progress mutex held
   void settle();
@@ -136,6 +149,12 @@ class Engine {
   std::multimap<const Entry*, std::shared_ptr<Bucket>> buckets_; // by first entry
   std::shared_ptr<Progress> progress_ = std::make_shared<Progress>();
 
+#if COMPRESSED_DDP_CUDA
+  std::unique_ptr<DeviceStream> device_stream_; // of the first bucket's device
+  c10::Device device_ = at::kCPU;
+  std::shared_ptr<DeviceReport> device_report_; // of the model's buckets; named tensors have their own
+#endif
+
   int64_t step_ = 0;                                  // index of the current step
   std::vector<std::shared_ptr<Bucket>> step_buckets_; // that came in it, in order
   double density_ = 0;                                // of the current step
@@ -150,5 +169,8 @@ class Engine {
   std::set<size_t> seen_indices_; // of DDP buckets, to notice a second model when nothing is bound
   bool saw_last_bucket_ = false;
 };
+
+// What a failed exchange is reported as. `refused`: the bytes arrived, but are not what this rank expects.
+std::exception_ptr failed_exchange(const Engine::Place& place, const std::exception& error, bool refused = false);
 
 } // namespace compressed_ddp

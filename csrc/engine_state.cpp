@@ -20,6 +20,9 @@ void Engine::bind(const std::vector<NamedParameter>& parameters) {
 void Engine::rollback() {
   const std::lock_guard lock(mutex_);
   wait_until_idle();
+#if COMPRESSED_DDP_CUDA
+  settle_device(true);
+#endif
   for (const auto& bucket : step_buckets_) bucket->restore();
 }
 
@@ -43,6 +46,9 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::export_residuals() {
   {
     // Nothing is forgotten yet: a good step stays open for rollback(), a bad one for its buckets that are still to come.
     const std::lock_guard progress_lock(progress_->mutex);
+#if COMPRESSED_DDP_CUDA
+    settle_device_now();
+#endif
     for (const auto& bucket : step_buckets_)
       if (gives_back(*bucket)) bucket->restore();
   }
@@ -92,6 +98,10 @@ Metrics Engine::current_metrics() const {
 
 Metrics Engine::metrics() {
   const std::lock_guard lock(mutex_);
+#if COMPRESSED_DDP_CUDA
+  raise_reports();
+  read_device_statistics();
+#endif
   const std::lock_guard progress_lock(progress_->mutex);
   // In the middle of a backward pass: the step before. Otherwise the step that has just been reduced.
   return progress_->in_flight > 0 || step_buckets_.empty() ? metrics_ : current_metrics();

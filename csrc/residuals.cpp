@@ -119,12 +119,15 @@ EntryPtr ResidualStore::of_name(const std::string& name, const std::vector<int64
   return entry;
 }
 
-void ResidualStore::ensure_residual(Entry& entry) {
-  if (entry.residual.defined()) return;
+void ResidualStore::ensure_residual(Entry& entry, c10::Device device) {
+  if (entry.residual.defined()) {
+    if (entry.residual.device() != device) entry.residual = entry.residual.to(device);
+    return;
+  }
   if (entry.parameter.has_value()) { // its memory order may have changed since it was bound: net.to(memory_format=...)
     if (const auto parameter = entry.parameter->lock()) entry.strides = bucket_strides(at::Tensor(parameter));
   }
-  entry.residual = at::zeros({entry.numel}, at::dtype(at::kFloat));
+  entry.residual = at::zeros({entry.numel}, at::TensorOptions().dtype(at::kFloat).device(device));
 }
 
 void ResidualStore::take_waiting(Entry& entry) {
@@ -133,7 +136,7 @@ void ResidualStore::take_waiting(Entry& entry) {
   TORCH_CHECK_VALUE(found->second.sizes() == c10::IntArrayRef(entry.sizes), "TopKEFState.load_state_dict: the residual of '", entry.name,
                     "' has shape ", shape_text(found->second.sizes()), " but the parameter has shape ", shape_text(entry.sizes),
                     "; load a state of the same model");
-  ensure_residual(entry);
+  ensure_residual(entry, entry.residual.defined() ? entry.residual.device() : at::kCPU);
   entry.shaped_residual().copy_(found->second);
   waiting_.erase(found);
 }

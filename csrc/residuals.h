@@ -53,8 +53,8 @@ class ResidualStore {
   // The entry of a name given to all_reduce_; ValueError when the numel or segments differ from those seen before.
   EntryPtr of_name(const std::string& name, const std::vector<int64_t>& sizes, const std::vector<int64_t>& segment_numels, bool exempt);
 
-  // Allocates zeros at first use; takes what a loaded state holds for its name.
-  void ensure_residual(Entry& entry);
+  // Allocates zeros on `device` at first use; moves there what was loaded.
+  void ensure_residual(Entry& entry, c10::Device device = at::kCPU);
 
   // By name, copies, in the parameter's shape; waiting loaded ones included. ValueError when some residual has no name.
   std::vector<std::pair<std::string, at::Tensor>> export_residuals() const;

@@ -1,0 +1,56 @@
+#include "compensate_select.h"
+
+#include "compensate_select_emit.cuh"
+#include "launch.h"
+
+namespace compressed_ddp::cuda {
+namespace {
+
+void checked_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+
+template <typename gradient_t>
+void enqueue(const DevicePlan& plan, const SelectArguments& a, Method method, cudaStream_t stream) {
+  const bool one_pass = plan.num_tiles > 0 && method == Method::kOnePass;
+  if (one_pass) {
+    guess_kernel<gradient_t><<<plan.num_runs, kThreads, 0, stream>>>(plan, a);
+    checked_launch("compensate_select_guess");
+    filter_kernel<gradient_t, false><<<plan.num_tiles, kThreads, 0, stream>>>(plan, a);
+    checked_launch("compensate_select_filter");
+    histogram_kernel<gradient_t, true><<<plan.num_runs + plan.num_small_groups, kThreads, 0, stream>>>(plan, a);
+    checked_launch("compensate_select_histogram, again");
+  } else if (plan.num_tiles > 0) {
+    histogram_kernel<gradient_t, false><<<plan.num_runs, kThreads, 0, stream>>>(plan, a);
+    checked_launch("compensate_select_histogram");
+  }
+  if (!one_pass && plan.num_small_groups > 0) {
+    small_kernel<gradient_t><<<plan.num_small_groups, kThreads, 0, stream>>>(plan, a);
+    checked_launch("compensate_select_small");
+  }
+  if (plan.num_tiles > 0) {
+    filter_kernel<gradient_t, true><<<plan.num_tiles, kThreads, 0, stream>>>(plan, a);
+    checked_launch("compensate_select_filter, again");
+    refine_kernel<gradient_t><<<plan.num_runs, kThreads, 0, stream>>>(plan, a);
+    checked_launch("compensate_select_refine");
+  }
+  emit_kernel<gradient_t><<<plan.num_runs + plan.num_dense_tiles + 1, kThreads, 0, stream>>>(plan, a);
+  checked_launch("compensate_select_emit");
+}
+
+} // namespace
+
+void compensate_select_and_encode(const DevicePlan& plan, const SelectArguments& arguments, Method method, cudaStream_t stream) {
+  switch (arguments.type) {
+    case GradientType::kFloat32:
+      return enqueue<float>(plan, arguments, method, stream);
+    case GradientType::kFloat16:
+      return enqueue<Float16>(plan, arguments, method, stream);
+    default:
+      return enqueue<BFloat16>(plan, arguments, method, stream);
+  }
+}
+
+void clear_workspace(const Plan& plan, void* workspace, cudaStream_t stream) {
+  check(cudaMemsetAsync(workspace, 0, static_cast<size_t>(plan.workspace_cleared_bytes()), stream), "clearing the workspace");
+}
+
+} // namespace compressed_ddp::cuda

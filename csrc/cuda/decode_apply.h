@@ -1,0 +1,37 @@
+// Stage 4 on CUDA: the payloads of all ranks, summed into the bucket in place. Torch-free; the result is that of cpu/decode_apply.h,
+// bit for bit.
+//
+// A block owns a tile of the bucket in shared memory; every rank's entries of the tile are one run of its ascending indices, found by
+// binary search, added in rank order 0 .. P-1; then one multiplication, one rounding, one store. No float atomics.
+//
+// Nothing in a payload is trusted: every header and every index is checked while it is read. What is found is left in DecodeStatus, and
+// the bucket becomes NaN, on every rank alike. A later host call reads the status; nothing here waits for it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../cpu/float_types.h"
+#include "../wire_format.h"
+#include "plan.h"
+
+namespace compressed_ddp::cuda {
+
+struct DecodeStatus { // zero before the first call; kernels only set
+  uint32_t bad_rank;  // 1 + the lowest rank whose payload is not what this rank expects; 0 = none
+  uint32_t
+      step_is_bad; // that, or some rank flagged a non-finite entry, or a result is not finite: what was sent must come back (restore.h)
+};
+
+struct DecodeArguments {   // all pointers in device memory
+  const uint8_t* gathered; // [world_size, header.payload_bytes], 64-byte aligned
+  int32_t world_size;
+  void* bucket; // [numel], written
+  GradientType type;
+  PayloadHeader expected; // make_header of rank 0; rank and flags are not compared with it
+  DecodeStatus* status;
+};
+
+// Enqueues two launches on `stream`.
+void decode_apply(const DevicePlan& plan, const DecodeArguments& arguments, cudaStream_t stream);
+
+} // namespace compressed_ddp::cuda
