@@ -12,17 +12,26 @@ BIN = $(VENV)/bin
 # A failure of a warning is for those who change the code, not for those who compile it.
 export COMPRESSED_DDP_WERROR ?= $(if $(CI),ON,OFF)
 COMPRESSED_DDP_REQUIRE_SIMDE ?= OFF
+# The CUDA stages, and their tests without a GPU: AUTO where a toolkit is found, ON (its absence is an error) or OFF.
+export COMPRESSED_DDP_CUDA ?= AUTO
+export COMPRESSED_DDP_REQUIRE_CUDA_TOOLKIT ?= $(if $(filter ON,$(COMPRESSED_DDP_CUDA)),1,0)
 
-native_sources = CMakeLists.txt csrc/CMakeLists.txt \
-  $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h) $(wildcard build_backend/*.py)
+native_sources = CMakeLists.txt csrc/CMakeLists.txt $(wildcard csrc/*.cmake csrc/*/*.cmake) \
+  $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu csrc/cuda/*.cuh) $(wildcard build_backend/*.py)
+
+# The tests of the hook that run once more with the CUDA kernels in place of the CPU engine.
+stand_in_tests = $(addprefix tests/python/test_,$(addsuffix .py, \
+  stand_in hook rollback resume failures state_dict non_finite metrics ddp_loops invariants all_reduce \
+  all_reduce_gradients agreement training))
 
 .DELETE_ON_ERROR:
-.PHONY: help env build build-tests test demo bench-stages lint format clean FORCE
+.PHONY: help env build build-tests test test-without-gpu demo bench-stages lint format clean FORCE
 
 help:
 	@echo "make env           create $(VENV) with $(TORCH) and the build tools"
 	@echo "make build         compile and install compressed_ddp into $(VENV) (editable)"
 	@echo "make test          build, then the C++ tests and the Python tests (PYTEST_ARGS=...)"
+	@echo "make test-without-gpu  of these, the tests of the hook with the CUDA kernels, whose PTX is interpreted"
 	@echo "make demo          build, then 2 ranks dense and compressed on real digits"
 	@echo "make bench-stages  build, then time each stage (BENCH_ARGS=...)"
 	@echo "make lint          formatters, linters and type checks; changes nothing"
@@ -62,9 +71,10 @@ $(VENV)/.extension: $(VENV)/.tools $(native_sources)
 	@touch $@
 
 # Ninja sees for itself what changed.
-build-tests: $(VENV)/.tools
+build-tests: $(VENV)/.tools $(VENV)/.torch
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	  -DCOMPRESSED_DDP_PYTHON=OFF -DCOMPRESSED_DDP_TESTS=ON \
+	  -DCOMPRESSED_DDP_PYTHON=OFF -DCOMPRESSED_DDP_TESTS=ON -DCOMPRESSED_DDP_STAND_IN_MODULE=ON \
+	  -DPython_EXECUTABLE="$(abspath $(BIN))/python" -DCOMPRESSED_DDP_CUDA=$(COMPRESSED_DDP_CUDA) \
 	  -DCOMPRESSED_DDP_WERROR=$(COMPRESSED_DDP_WERROR) \
 	  -DCOMPRESSED_DDP_REQUIRE_SIMDE=$(COMPRESSED_DDP_REQUIRE_SIMDE)
 	@PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
@@ -73,6 +83,13 @@ build-tests: $(VENV)/.tools
 test: build build-tests
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error
 	$(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)
+	$(MAKE) test-without-gpu
+
+# The module exists only where a CUDA toolkit is.
+test-without-gpu: build build-tests
+	@module="$$(ls build/cpp/stand_in/_C.*so 2>/dev/null)"; \
+	if [ -z "$$module" ]; then echo "no CUDA toolkit: the CUDA stages were not built, and are not tested"; exit 0; fi; \
+	COMPRESSED_DDP_STAND_IN="$(abspath .)/$$module" $(BIN)/python -m pytest --durations=5 --timeout=300 $(stand_in_tests)
 
 demo: build
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
@@ -86,7 +103,7 @@ $(VENV)/.lint-tools: $(VENV)/.tools pyproject.toml
 	$(BIN)/pip install -r $@
 	@touch $@
 
-cxx_files = git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/cpp/*.cpp' 'tests/cpp/*.h'
+cxx_files = git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cu'
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff check .

@@ -13,6 +13,8 @@ sys.path.insert(
     0, str(pathlib.Path(__file__).parent)
 )  # `import ranks`, in this process and in forked ranks
 
+import stand_in  # noqa: F401  before anything imports compressed_ddp
+
 # Threads that spin for one another cost a multiple of the work itself where others use the cores, too.
 torch.set_num_threads(1)
 

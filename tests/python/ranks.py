@@ -24,9 +24,23 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
+# Python 3.11's fork server does not take over sys.path, and would pass over a module that it cannot find.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [
+        os.path.dirname(os.path.abspath(__file__)),
+        *os.environ.get("PYTHONPATH", "").split(os.pathsep),
+    ]
+).rstrip(os.pathsep)
 # DistributedDataParallel imports torch._dynamo when it is constructed: two seconds that no rank should spend again.
 _context.set_forkserver_preload(
-    ["torch.nn.parallel", "torch.distributed", "torch._dynamo", "pytest", "compressed_ddp"]
+    [
+        "torch.nn.parallel",
+        "torch.distributed",
+        "torch._dynamo",
+        "pytest",
+        "stand_in",
+        "compressed_ddp",
+    ]
 )
 
 GROUP_TIMEOUT_S = 20  # of the process group: a collective that waits longer fails

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ranks
+import stand_in
 import torch
 from ddp_models import (
     SHAPES,
@@ -248,6 +249,7 @@ def load_in_the_middle(
     return message, seconds, restored, again
 
 
+@stand_in.host_contract
 @pytest.mark.parametrize("to", [3, 9])
 @both_entries
 def test_one_rank_loads_another_step_in_the_middle_of_a_run(entry: str, to: int) -> None:

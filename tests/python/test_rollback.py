@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import ranks
+import stand_in
 import torch
 import torch.distributed as dist
 from contracts import Oracle
@@ -197,6 +198,7 @@ def meet_a_hostile_peer(rank, world_size, attack):
     return error
 
 
+@stand_in.host_contract
 @pytest.mark.parametrize(
     ("attack", "words"),
     [

@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import ranks
+import stand_in
 import torch
 from ddp_models import add_hook, assert_same_bits
 from torch import Tensor, nn
@@ -113,6 +114,7 @@ def test_both_entries_give_the_same_run_bit_for_bit() -> None:
             assert_same_bits(ours, theirs, "entries")
 
 
+@stand_in.too_slow
 def test_without_error_feedback_training_is_clearly_worse() -> None:
     """Where it matters most: few entries, and ranks that see different digits. Seeds 0 to 4: the loss is 4 to 50 times as large
     and the accuracy 0.04 to 0.15 lower."""

@@ -1,0 +1,141 @@
+// compensate_select_ and encode on CUDA against the CPU engine, bit for bit: payload bytes and residual.
+#include "cuda_cases.h"
+
+namespace compressed_ddp {
+namespace {
+
+using namespace testing;
+using cuda::kTileNumel;
+using cuda::Method;
+using Numbers = std::vector<int64_t>;
+
+constexpr Method kMethods[] = {Method::kOnePass, Method::kTwoPasses};
+const char* name_of(Method method) { return method == Method::kOnePass ? "one pass" : "two passes"; }
+
+void expect_as_on_cpu(const SelectionCase& c, CudaPlan& plan, size_t gradient_front = 0, size_t residual_front = 0) {
+  const EncodedCase expected = on_cpu(c);
+  for (const Method method : kMethods) {
+    SCOPED_TRACE(name_of(method));
+    expect_same(c.layout, expected, plan.run(c, method, gradient_front, residual_front));
+    if (::testing::Test::HasFatalFailure()) return;
+    ASSERT_TRUE(plan.workspace_is_clear());
+  }
+}
+
+TEST(CompensateSelectCuda, EqualsTheCpuEngineOnAdversarialDataOfAllTypes) {
+  const int64_t t = kTileNumel;
+  // A small group, one of several tiles with a tail, a dense segment between, one in which nearly all is sent.
+  const Layout layout = Layout::make(Numbers{300, 3 * t + 77, 50, 2 * t + 1, t}, Numbers{0, 1, -1, 2, 3},
+                                     Numbers{3, selection_k(0.01, 3 * t + 77), 7000, 41});
+  CudaPlan plan(layout);
+  for (const Data data : kAllData)
+    for (const GradientType type : kGradientTypes)
+      for (const bool error_feedback : {true, false}) {
+        if (type != GradientType::kFloat32 && !error_feedback) continue;
+        SCOPED_TRACE(std::string(testing::name_of(data)) + ", " + testing::name_of(type) + (error_feedback ? "" : ", no residual") +
+                     ", seed 31");
+        expect_as_on_cpu(make_case(layout, type, make_data(data, layout.numel, 31), error_feedback), plan);
+        if (HasFatalFailure()) return;
+      }
+}
+
+TEST(CompensateSelectCuda, EqualsTheCpuEngineAtAllTails) {
+  // Every residue of the vector width and both sides of tiles, runs and rows; densities from one entry to everything.
+  Numbers numels;
+  for (int64_t n = 1; n <= 9; ++n) numels.push_back(n);
+  for (const int64_t border : {1024, kTileNumel, 2 * kTileNumel, 8 * kTileNumel})
+    for (int64_t d = -2; d <= 2; ++d) numels.push_back(border + d);
+  for (const int64_t numel : numels)
+    for (const double density : {1e-9, 0.03, 0.5, 1.0}) {
+      if (numel > 8000 && density > 0.4) continue;
+      SCOPED_TRACE("numel " + std::to_string(numel) + ", density " + std::to_string(density) + ", seed 32");
+      const Layout layout = one_group(numel, selection_k(density, numel));
+      CudaPlan plan(layout);
+      expect_as_on_cpu(make_case(layout, GradientType::kFloat32, make_data(Data::kNormal, numel, 32), true), plan);
+      if (HasFatalFailure()) return;
+    }
+}
+
+TEST(CompensateSelectCuda, EqualsTheCpuEngineAtAnyAlignment) {
+  const Layout layout = Layout::make(Numbers{5001, 3, 9001, 130}, Numbers{0, 1, 2, -1}, Numbers{50, 1, 90});
+  CudaPlan plan(layout);
+  for (const GradientType type : kGradientTypes)
+    for (size_t gradient_front = 0; gradient_front < 4; ++gradient_front)
+      for (const size_t residual_front : {0, 1, 3}) {
+        SCOPED_TRACE(std::string(testing::name_of(type)) + ", gradient moved by " + std::to_string(gradient_front) + ", residual by " +
+                     std::to_string(residual_front) + ", seed 33");
+        expect_as_on_cpu(make_case(layout, type, make_data(Data::kNormal, layout.numel, 33), true), plan, gradient_front, residual_front);
+        if (HasFatalFailure()) return;
+      }
+}
+
+TEST(CompensateSelectCuda, EqualsTheCpuEngineOnOneGroupOverManySegments) {
+  const Layout layout = Layout::make(Numbers{100, 5000, 64, 9000, 1, 4096, 33}, Numbers{0, 0, -1, 0, 0, 0, -1}, Numbers{180});
+  CudaPlan plan(layout);
+  for (const Data data : {Data::kNormal, Data::kTies, Data::kOneSpike, Data::kSomeNan, Data::kZeros}) {
+    SCOPED_TRACE(std::string(testing::name_of(data)) + ", seed 34");
+    SelectionCase c = make_case(layout, GradientType::kFloat32, make_data(data, layout.numel, 34), true);
+    expect_as_on_cpu(c, plan);
+    c.unused = {0, 1, 1, 0, 0, 1, 0};
+    SCOPED_TRACE("some segments unused");
+    expect_as_on_cpu(c, plan);
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST(CompensateSelectCuda, RandomCasesEqualTheCpuEngine) {
+  for (uint64_t seed = 0; seed < 25; ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    const SelectionCase c = random_case(seed);
+    CudaPlan plan(c.layout);
+    expect_as_on_cpu(c, plan);
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST(CompensateSelectCuda, AWrongGuessIsMended) {
+  // Large values only where nobody samples, or only where everybody does, cannot be aimed at from here; data whose sample says little
+  // can: nearly all zeros (the guess gives up) and a clump that fills some tiles (their slots overflow).
+  const int64_t numel = 12 * kTileNumel + 5;
+  const Layout layout = one_group(numel, numel / 100);
+  CudaPlan plan(layout);
+  GradientAndResidual sparse = make_data(Data::kNormal, numel, 35);
+  for (int64_t i = 0; i < numel; ++i)
+    if (i % 90 != 0) sparse.gradient[static_cast<size_t>(i)] = sparse.residual[static_cast<size_t>(i)] = 0;
+  GradientAndResidual clump = make_data(Data::kNormal, numel, 36);
+  for (int64_t i = kTileNumel; i < 2 * kTileNumel; ++i) clump.gradient[static_cast<size_t>(i)] *= 1000.0f;
+  for (const GradientAndResidual& data : {sparse, clump}) {
+    expect_as_on_cpu(make_case(layout, GradientType::kFloat32, data, true), plan);
+    expect_as_on_cpu(make_case(layout, GradientType::kFloat32, data, false), plan);
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST(CompensateSelectCuda, ManyStepsKeepWhatWasNotSent) {
+  const Layout layout = Layout::make(Numbers{2 * kTileNumel + 9, 700}, Numbers{0, 1}, Numbers{90, 7});
+  CudaPlan plan(layout);
+  for (const Method method : kMethods) {
+    std::vector<float> on_device(static_cast<size_t>(layout.numel)), on_host = on_device;
+    for (uint64_t step = 0; step < 6; ++step) {
+      SCOPED_TRACE(std::string(name_of(method)) + ", step " + std::to_string(step));
+      const GradientAndResidual data = make_data(Data::kNormal, layout.numel, 40 + step);
+      const EncodedCase expected = on_cpu({layout, TypedBuffer(GradientType::kBFloat16, data.gradient), on_host});
+      const EncodedCase actual = plan.run({layout, TypedBuffer(GradientType::kBFloat16, data.gradient), on_device}, method);
+      expect_same(layout, expected, actual);
+      if (HasFatalFailure()) return;
+      on_host = expected.residual;
+      on_device = actual.residual;
+    }
+  }
+}
+
+TEST(CompensateSelectCuda, ALayoutWithoutSelectionsStillGetsItsHeader) {
+  for (const Layout& layout :
+       {Layout::make(Numbers{}, Numbers{}, Numbers{}), Layout::make(Numbers{5000, 0, 3}, Numbers{-1, -1, -1}, Numbers{})}) {
+    CudaPlan plan(layout);
+    expect_as_on_cpu(make_case(layout, GradientType::kFloat32, make_data(Data::kSomeInfinite, layout.numel, 37), true), plan);
+  }
+}
+
+} // namespace
+} // namespace compressed_ddp

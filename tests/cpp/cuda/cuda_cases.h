@@ -1,0 +1,138 @@
+// The CUDA stages on one case, and what the CPU engine makes of it.
+#pragma once
+
+#include "../selection_reference.h"
+#include "cpu/encode.h"
+#include "cuda/compensate_select.h"
+#include "device_memory.h"
+
+namespace compressed_ddp::testing {
+
+constexpr uint32_t kRank = 1, kWorldSize = 4;
+constexpr int64_t kStep = 7;
+
+struct EncodedCase {
+  std::vector<uint8_t> payload;
+  std::vector<float> residual; // of the whole bucket, after
+  double gradient_sq = 0, residual_sq = 0, sent_sq = 0;
+};
+
+inline EncodedCase on_cpu(const SelectionCase& c) {
+  EncodedCase result;
+  CompensateSelect plan(c.layout);
+  const Selection selection = run_selection(c, plan);
+  result.payload.resize(static_cast<size_t>(payload_bytes(c.layout)));
+  encode_selected(c.layout, selection.values.data(), selection.indices.data(), result.payload.data());
+  const EncodeStatistics dense =
+      encode_dense(c.layout, c.gradient.data(), c.gradient.type(), c.unused.empty() ? nullptr : c.unused.data(), result.payload.data());
+  encode_header(c.layout, kRank, kWorldSize, kStep, selection.statistics.non_finite + dense.non_finite > 0, result.payload.data());
+  result.residual = selection.residual;
+  result.gradient_sq = selection.statistics.gradient_sq + dense.gradient_sq;
+  result.residual_sq = selection.statistics.residual_sq;
+  result.sent_sq = selection.statistics.sent_sq;
+  return result;
+}
+
+// A layout in device memory, with its scratch; serves any number of cases.
+class CudaPlan {
+ public:
+  explicit CudaPlan(const Layout& layout)
+      : layout_(layout),
+        plan_(layout),
+        tables_(static_cast<size_t>(plan_.table_bytes())),
+        workspace_(static_cast<size_t>(plan_.workspace_bytes())),
+        statistics_(1) {
+    std::vector<uint8_t> tables(tables_.size());
+    plan_.write_tables(tables.data());
+    tables_.upload(tables);
+    cuda::clear_workspace(plan_, workspace_.data(), nullptr);
+  }
+
+  const cuda::Plan& plan() const { return plan_; }
+  cuda::DevicePlan device() const { return cuda::device_plan(plan_, tables_.data(), workspace_.data()); }
+
+  // `residual_front`: entries in front of every segment's residual, which spoil its alignment.
+  EncodedCase run(const SelectionCase& c, cuda::Method method, size_t gradient_front = 0, size_t residual_front = 0) {
+    const auto gradient_bytes = static_cast<size_t>(c.layout.numel * element_bytes(c.gradient.type()));
+    const auto* bytes = static_cast<const uint8_t*>(c.gradient.data());
+    DeviceMemory<uint8_t> gradient(std::span(bytes, gradient_bytes),
+                                   gradient_front * static_cast<size_t>(element_bytes(c.gradient.type())));
+    std::vector<DeviceMemory<float>> residuals;
+    std::vector<float*> pointers;
+    for (const Segment& segment : layout_.segments) {
+      if (c.residual.empty() || segment.group == kDenseGroup) {
+        pointers.push_back(nullptr);
+        continue;
+      }
+      residuals.emplace_back(std::span(c.residual).subspan(static_cast<size_t>(segment.offset), static_cast<size_t>(segment.numel)),
+                             residual_front);
+      pointers.push_back(residuals.back().data());
+    }
+    DeviceMemory<float*> table{std::span<float* const>(pointers)};
+    DeviceMemory<uint8_t> unused{std::span<const uint8_t>(c.unused)};
+    DeviceMemory<uint8_t> payload(static_cast<size_t>(payload_bytes(layout_)));
+    payload.fill_bytes(0xa5);
+    const cuda::SelectArguments arguments{gradient.data(),
+                                          c.gradient.type(),
+                                          c.residual.empty() ? nullptr : table.data(),
+                                          c.unused.empty() ? nullptr : unused.data(),
+                                          payload.data(),
+                                          make_header(layout_, kRank, kWorldSize, kStep, false),
+                                          statistics_.data()};
+    cuda::compensate_select_and_encode(device(), arguments, method, nullptr);
+    require(cudaStreamSynchronize(nullptr), "compensate_select_and_encode");
+
+    EncodedCase result;
+    result.payload = payload.download();
+    result.residual = c.residual;
+    for (size_t s = 0, r = 0; s < pointers.size(); ++s) {
+      if (pointers[s] == nullptr) continue;
+      const std::vector<float> values = residuals[r++].download();
+      std::copy(values.begin(), values.end(), result.residual.begin() + layout_.segments[s].offset);
+    }
+    const cuda::SelectStatistics sums = statistics_.download()[0];
+    result.gradient_sq = sums.gradient_sq;
+    result.residual_sq = sums.acc_sq - sums.sent_sq;
+    result.sent_sq = sums.sent_sq;
+    return result;
+  }
+
+  // What a selection must leave as it found it.
+  bool workspace_is_clear() const {
+    const std::vector<uint8_t> bytes = workspace_.download();
+    return std::all_of(bytes.begin(), bytes.begin() + plan_.workspace_cleared_bytes(), [](uint8_t byte) { return byte == 0; });
+  }
+
+ private:
+  Layout layout_;
+  cuda::Plan plan_;
+  DeviceMemory<uint8_t> tables_;
+  DeviceMemory<uint8_t> workspace_;
+  DeviceMemory<cuda::SelectStatistics> statistics_;
+};
+
+inline void expect_same_payload(const Layout& layout, const std::vector<uint8_t>& expected, const std::vector<uint8_t>& actual) {
+  ASSERT_EQ(expected.size(), actual.size());
+  const PayloadHeader want = read_header(expected.data()), got = read_header(actual.data());
+  ASSERT_EQ(want.flags, got.flags) << "(flags)";
+  for (int64_t e = 0; e < layout.selected_numel; ++e) {
+    ASSERT_EQ(payload_indices(layout, expected.data())[e], payload_indices(layout, actual.data())[e]) << "index of entry " << e;
+    ASSERT_EQ(bits_of(payload_values(layout, expected.data())[e]), bits_of(payload_values(layout, actual.data())[e]))
+        << "value of entry " << e << " at index " << payload_indices(layout, expected.data())[e];
+  }
+  for (size_t b = 0; b < expected.size(); ++b) ASSERT_EQ(expected[b], actual[b]) << "byte " << b << " of the payload";
+}
+
+inline void expect_same(const Layout& layout, const EncodedCase& expected, const EncodedCase& actual) {
+  expect_same_payload(layout, expected.payload, actual.payload);
+  if (::testing::Test::HasFatalFailure()) return;
+  ASSERT_TRUE(same_bits(expected.residual, actual.residual)) << "(residual)";
+  EXPECT_TRUE(sums_near("gradient_sq", expected.gradient_sq, actual.gradient_sq, 1e-3));
+  EXPECT_TRUE(sums_near("sent_sq", expected.sent_sq, actual.sent_sq, 1e-3));
+  // A difference of two fp32 sums: exact only relative to the larger one.
+  if (std::isfinite(expected.residual_sq)) {
+    EXPECT_NEAR(expected.residual_sq, actual.residual_sq, 1e-3 * (expected.residual_sq + expected.sent_sq) + 1e-30);
+  }
+}
+
+} // namespace compressed_ddp::testing

@@ -1,0 +1,187 @@
+"""Tests the tests of the CUDA kernels: breaks one instruction of their PTX at a time and runs the tests on it.
+
+    python tests/cpp/ptx/mutate_ptx.py TEST_EXECUTABLE [--filter GTEST_FILTER] [--kind sync|compare]
+                                       [--kernel NAME] [--sample N --seed S] [--json FILE]
+
+`sync` removes each barrier and fence and weakens each acquire and release; every one of these must be
+noticed, by a wrong result, by the race detector or as a hang, or it is not needed. `compare` turns
+each comparison around its edge (lt <-> le, gt <-> ge, eq <-> ne): survivors show what the test data
+does not reach. The executable is one that is linked with the stand-in runtime. Exit status 1 when a
+`sync` mutant survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+COMPARISONS = {
+    "lt": "le",
+    "le": "lt",
+    "gt": "ge",
+    "ge": "gt",
+    "lo": "ls",
+    "ls": "lo",
+    "hi": "hs",
+    "hs": "hi",
+    "eq": "ne",
+    "ne": "eq",
+}
+TIMEOUT_S = 300
+
+
+@dataclass
+class Mutant:
+    """One change of one line of one program's PTX."""
+
+    program: int
+    line: int  # from 1
+    kernel: str
+    change: str
+    text: str  # the line that takes its place
+    outcome: str = ""
+
+
+def sites(program: int, ptx: list[str], kind: str) -> list[Mutant]:
+    """Return every mutant of a PTX text."""
+    found, kernel = [], ""
+    for number, line in enumerate(ptx, 1):
+        entry = re.search(r"\.(?:entry|func)\s+(?:\([^)]*\)\s*)?(\w+)", line)
+        if entry:
+            kernel = entry.group(1)
+        text = line.strip()
+        operation = re.sub(r"^@!?%\w+\s+", "", text)
+        if kind == "sync":
+            if re.match(r"(bar(rier)?\.(sync|warp\.sync)|membar|fence)\b", operation):
+                found.append(Mutant(program, number, kernel, f"without: {operation}", "// " + line))
+            for strong in (".acquire", ".release", ".acq_rel"):
+                if strong in operation and not operation.startswith("fence"):
+                    found.append(
+                        Mutant(
+                            program,
+                            number,
+                            kernel,
+                            f"relaxed: {operation}",
+                            line.replace(strong, ".relaxed"),
+                        )
+                    )
+        else:
+            comparison = re.match(r"setp\.(\w+)\.", operation)
+            if comparison and comparison.group(1) in COMPARISONS:
+                name = comparison.group(1)
+                found.append(
+                    Mutant(
+                        program,
+                        number,
+                        kernel,
+                        operation,
+                        line.replace(f"setp.{name}.", f"setp.{COMPARISONS[name]}.", 1),
+                    )
+                )
+    return found
+
+
+def run(executable: str, test_filter: str, environment: dict[str, str]) -> str:
+    """Return "" when all tests pass, else how the failure was noticed."""
+    command = [executable, f"--gtest_filter={test_filter}", "--gtest_fail_fast"]
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    if done.returncode == 0:
+        return ""
+    known = re.search(
+        r"(data race|out of bounds|uninitiali[sz]ed|misaligned|barrier|mask|hang|trap|unsupported)",
+        done.stdout + done.stderr,
+    )
+    return (
+        known.group(1)
+        if known
+        else "wrong result"
+        if done.returncode == 1
+        else f"exit {done.returncode}"
+    )
+
+
+def main() -> int:
+    """Run the mutants, print each and what noticed it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("executable")
+    parser.add_argument("--filter", default="*")
+    parser.add_argument("--kind", choices=["sync", "compare"], default="sync")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--sample", type=int, default=0, help="only so many, chosen at random")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        before = run(options.executable, options.filter, {"SIMT_PTX_DUMP": folder})
+        if before:
+            print(f"the tests fail on the unchanged PTX: {before}")
+            return 2
+        texts = {
+            int(path.stem): path.read_text().split("\n") for path in Path(folder).glob("*.ptx")
+        }
+        mutants = [
+            m
+            for program, ptx in sorted(texts.items())
+            for m in sites(program, ptx, options.kind)
+            if options.kernel in m.kernel
+        ]
+        total = len(mutants)
+        if options.sample:
+            mutants = sorted(
+                random.Random(options.seed).sample(mutants, min(options.sample, total)),
+                key=lambda m: (m.program, m.line),
+            )
+        print(f"{len(mutants)} of {total} mutants, seed {options.seed}")
+        for mutant in mutants:
+            changed = list(texts[mutant.program])
+            changed[mutant.line - 1] = mutant.text
+            path = Path(folder) / "mutant.ptx"
+            path.write_text("\n".join(changed))
+            for fuzz in ("0", "1"):
+                environment = {
+                    "SIMT_PTX_REPLACE": f"{mutant.program}:{path}",
+                    "SIMT_FUZZ": fuzz,
+                    "SIMT_ORDER": "random" if fuzz == "1" else "ascending",
+                }
+                mutant.outcome = run(options.executable, options.filter, environment)
+                if mutant.outcome:
+                    break
+            print(
+                f"{mutant.outcome or 'SURVIVED':16} line {mutant.line:6} {mutant.kernel[:60]:60} {mutant.change}",
+                flush=True,
+            )
+    survived = [mutant for mutant in mutants if not mutant.outcome]
+    print(f"{len(mutants) - len(survived)} noticed, {len(survived)} survived")
+    if options.json:
+        options.json.write_text(
+            json.dumps(
+                {"kind": options.kind, "total": total, "mutants": [asdict(m) for m in mutants]},
+                indent=1,
+            )
+            + "\n"
+        )
+    return 1 if survived and options.kind == "sync" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
