@@ -103,7 +103,7 @@ $(VENV)/.lint-tools: $(VENV)/.tools pyproject.toml
 	$(BIN)/pip install -r $@
 	@touch $@
 
-cxx_files = git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cu'
+cxx_files = git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cu' 'benchmarks/gpu/*.cu'
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff check .

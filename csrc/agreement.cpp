@@ -19,7 +19,7 @@ std::string show(double value) {
   return text;
 }
 std::string show(int64_t value) { return std::to_string(value); }
-std::string show_scope(int64_t scope) { return scope == 0 ? "tensor" : "bucket"; }
+std::string show_scope(int64_t scope) { return scope == 0 ? "tensor" : scope == 1 ? "bucket" : "chunk"; }
 std::string show_bool(int64_t value) { return value != 0 ? "True" : "False"; }
 std::string show_hash(uint64_t hash) {
   char text[20];

@@ -2,6 +2,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+
 #include "cpu/decode_apply.h"
 #include "cpu/restore.h"
 #include "parallel_for.h"
@@ -14,7 +16,10 @@ Bucket::Bucket(BucketKey key, Scope scope, int64_t min_compress_numel) : key_(st
     const Entry& entry = *key_.entries[e];
     int64_t offset = 0;
     for (const int64_t numel : entry.segment_numels) {
-      parts_.push_back({e, offset, numel, entry.exempt || entry.is_vector || numel < min_compress_numel || numel == 0});
+      const bool dense = entry.exempt || entry.is_vector || numel < min_compress_numel || numel == 0;
+      const int64_t part_numel = scope_ == Scope::kChunk && !dense ? kChunkNumel : std::max<int64_t>(numel, 1);
+      for (int64_t at = 0; at < numel || at == 0; at += part_numel)
+        parts_.push_back({e, offset + at, std::min(part_numel, numel - at), dense});
       offset += numel;
     }
   }
@@ -57,7 +62,7 @@ Layout Bucket::make_layout(double density) const {
       groups.push_back(kDenseGroup);
       continue;
     }
-    if (scope_ == Scope::kTensor || group_numels.empty()) group_numels.push_back(0);
+    if (scope_ != Scope::kBucket || group_numels.empty()) group_numels.push_back(0);
     group_numels.back() += part.numel;
     groups.push_back(static_cast<int64_t>(group_numels.size()) - 1);
   }

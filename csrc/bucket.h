@@ -19,7 +19,9 @@
 
 namespace compressed_ddp {
 
-enum class Scope : int64_t { kTensor = 0, kBucket = 1 };
+enum class Scope : int64_t { kTensor = 0, kBucket = 1, kChunk = 2 };
+
+inline constexpr int64_t kChunkNumel = 4096; // of scope "chunk"; a chunk lies in one segment, whose last one may be shorter
 
 // What identifies a bucket: its parts in order and the gradient's type. Equal keys share one Bucket.
 struct BucketKey {

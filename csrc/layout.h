@@ -5,6 +5,7 @@
 // 0, 1, 2, .. in bucket order, so that writing the groups one after another gives indices that ascend over the whole bucket.
 //
 //   scope "tensor"   one group per compressed parameter
+//   scope "chunk"    one segment and group per 4096 entries of a compressed parameter
 //   scope "bucket"   one group over all compressed segments of the bucket (dense segments may lie between them)
 #pragma once
 

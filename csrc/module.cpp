@@ -61,7 +61,7 @@ std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope
     options.density_of_step = density_function(std::move(density));
   else
     options.density = density.cast<double>();
-  options.scope = scope == "bucket" ? Scope::kBucket : Scope::kTensor;
+  options.scope = scope == "bucket" ? Scope::kBucket : scope == "chunk" ? Scope::kChunk : Scope::kTensor;
   options.error_feedback = error_feedback;
   options.dense_steps = dense_steps;
   options.min_compress_numel = min_compress_numel;

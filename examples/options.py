@@ -158,9 +158,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compression.add_argument(
         "--scope",
-        choices=("tensor", "bucket"),
+        choices=("tensor", "bucket", "chunk"),
         default="tensor",
-        help="one selection per tensor or per DDP bucket",
+        help="one selection per tensor, per DDP bucket or per 4,096 entries of a tensor",
     )
     compression.add_argument(
         "--dense-steps",

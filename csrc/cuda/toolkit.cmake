@@ -14,6 +14,13 @@ set(COMPRESSED_DDP_HAS_CUDA OFF)
 if(COMPRESSED_DDP_CUDA STREQUAL "OFF")
   return()
 endif()
+if(CMAKE_VERSION VERSION_LESS 3.26) # hands no -std=c++20 to nvcc
+  if(COMPRESSED_DDP_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "COMPRESSED_DDP_CUDA is ON, but CMake ${CMAKE_VERSION} cannot compile CUDA in C++20; pip install 'cmake>=3.26'")
+  endif()
+  message(STATUS "CUDA: CMake ${CMAKE_VERSION} is too old (3.26 or newer is needed), the CUDA stages are left out")
+  return()
+endif()
 
 # Also where PATH does not lead: /usr/local/cuda/bin often is not in it.
 find_program(

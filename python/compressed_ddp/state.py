@@ -20,7 +20,7 @@ from .names import trained_parameters, unwrapped
 Exempt = str | Iterable[str] | Callable[[str, torch.Tensor], bool]
 
 _STATE_DICT_VERSION = 1
-_SCOPES = ("tensor", "bucket")
+_SCOPES = ("tensor", "bucket", "chunk")
 
 
 class TopKEFState:
@@ -32,7 +32,8 @@ class TopKEFState:
         process_group: the group to average over; None = the default group at the first step (with `register`: the model's).
         density: share k/numel of the entries that each rank sends, in (0, 1]; or a callable of the step (0, 1, 2, ..) that
             returns it, the same on every rank (which is checked in every step). k = max(1, ceil(density * numel)).
-        scope: "tensor" selects in each parameter by itself, "bucket" in all compressed parameters of a bucket together.
+        scope: "tensor" selects in each parameter by itself, "bucket" in all compressed parameters of a bucket together,
+            "chunk" in each 4096 consecutive entries of a parameter (k of the shorter last chunk: max(1, ceil(density * numel))).
         error_feedback: keep what is not sent and add it to the next gradient. False loses it: for comparisons.
         dense_steps: the first synchronised steps are averaged densely (default 2: in its first step DDP has the whole model
             in one bucket and rebuilds the buckets afterwards). 0 is correct, too.

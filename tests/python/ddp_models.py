@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from compressed_ddp import TopKEFState, reference, register, topk_ef_hook
 
 both_entries = pytest.mark.parametrize("entry", ["python", "cpp"])
-both_scopes = pytest.mark.parametrize("scope", ["tensor", "bucket"])
+both_scopes = pytest.mark.parametrize("scope", ["tensor", "bucket", "chunk"])
 
 # Compressed, 1-D, compressed, below min_compress_numel, compressed, 1-D: several buckets of SMALL_BUCKETS.
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -274,15 +274,20 @@ class Oracle:
         self, gradients: list[dict[str, Tensor]], names: list[str]
     ) -> dict[str, Tensor]:
         segments = [math.prod(self.case.shapes[name]) for name in names]
-        groups, group_numels = [], []
+        scope = self.options.get("scope", "tensor")
+        parts, groups, group_numels = [], [], []  # a part: a segment, or a chunk of one
         for name, numel in zip(names, segments):
             if not self.is_compressed(name):
+                parts.append(numel)
                 groups.append(-1)
                 continue
-            if self.options.get("scope", "tensor") == "tensor" or not group_numels:
-                group_numels.append(0)
-            group_numels[-1] += numel
-            groups.append(len(group_numels) - 1)
+            step = 4096 if scope == "chunk" else numel
+            for at in range(0, numel, step):
+                parts.append(min(step, numel - at))
+                if scope != "bucket" or not group_numels:
+                    group_numels.append(0)
+                group_numels[-1] += parts[-1]
+                groups.append(len(group_numels) - 1)
         dtype = self.case.dtypes.get(names[0], torch.float32)
         flat_gradients, flat_residuals = [], []
         for given, residuals in zip(gradients, self.residuals):
@@ -301,7 +306,7 @@ class Oracle:
         average = reference.average(
             flat_gradients,
             flat_residuals,
-            segments,
+            parts,
             groups,
             [self.k(numel) for numel in group_numels],
         )

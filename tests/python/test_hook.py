@@ -34,6 +34,18 @@ def test_steps_equal_the_oracle_bit_for_bit(entry: str, scope: str) -> None:
     assert_equals_oracle(records, case)
 
 
+@both_entries
+def test_chunks_do_not_cross_parameters_and_the_last_is_shorter(entry: str) -> None:
+    shapes = {
+        "w": (100, 90),
+        "b": (90,),
+        "v": (64, 64),
+        "u": (70, 60),
+    }  # 4096 + 4096 + 808, 4096, 4096 + 104
+    case = Case(entry, steps=4, shapes=shapes, state={"scope": "chunk", "dense_steps": 0})
+    assert_equals_oracle(ranks.run(2, train, case), case)
+
+
 @both_scopes
 @both_entries
 def test_three_ranks_compressing_from_step_0_equal_the_oracle(entry: str, scope: str) -> None:
