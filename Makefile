@@ -81,7 +81,7 @@ build-tests: $(VENV)/.tools $(VENV)/.torch
 
 # --- Use ------------------------------------------------------------------------------------------
 test: build build-tests
-	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error -j 2
 	$(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)
 	$(MAKE) test-without-gpu
 
