@@ -20,6 +20,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import stand_in
 import torch
 import torch.distributed as dist
 
@@ -43,8 +44,9 @@ _context.set_forkserver_preload(
     ]
 )
 
-GROUP_TIMEOUT_S = 20  # of the process group: a collective that waits longer fails
-RUN_TIMEOUT_S = 60  # of a whole run: longer counts as a hang
+_SLOWER = 1 if stand_in.PATH is None else 4  # interpreted kernels
+GROUP_TIMEOUT_S = 20 * _SLOWER  # of the process group: a collective that waits longer fails
+RUN_TIMEOUT_S = 60 * _SLOWER  # of a whole run: longer counts as a hang
 
 
 @dataclasses.dataclass
