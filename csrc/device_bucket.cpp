@@ -70,6 +70,7 @@ DeviceBucket::DeviceBucket(const Layout& layout, GradientType type, c10::Device 
   upload(tables_.data_ptr<uint8_t>(), tables.data(), tables.size(), stream);
   workspace_ = device_bytes(device, plan_.workspace_bytes() + static_cast<int64_t>(sizeof(cuda::SelectStatistics)));
   cuda::clear_workspace(plan_, workspace_.data_ptr<uint8_t>(), stream);
+  device_plan_ = cuda::device_plan(plan_, tables_.data_ptr<uint8_t>(), workspace_.data_ptr<uint8_t>());
   payload_ = device_bytes(device, payload_bytes(layout));
   gathered_ = device_bytes(device, world_size * payload_bytes(layout));
   if (!residuals.empty()) residuals_ = reinterpret_cast<float* const*>(tables_.data_ptr<uint8_t>() + pointers_at);
@@ -96,8 +97,7 @@ void DeviceBucket::compensate_select_and_encode(const at::Tensor& gradient, cons
                                         payload_.data_ptr<uint8_t>(),
                                         make_header(layout_, rank, static_cast<uint32_t>(world_size_), step, false),
                                         statistics_};
-  cuda::compensate_select_and_encode(cuda::device_plan(plan_, tables_.data_ptr<uint8_t>(), workspace_.data_ptr<uint8_t>()), arguments,
-                                     cuda::Method::kOnePass, stream);
+  cuda::compensate_select_and_encode(device_plan_, arguments, cuda::Method::kOnePass, stream);
 }
 
 void DeviceBucket::decode_apply(const at::Tensor& gradient, int64_t step, DeviceReport& report, cudaStream_t stream) {
@@ -107,14 +107,13 @@ void DeviceBucket::decode_apply(const at::Tensor& gradient, int64_t step, Device
                                         type_,
                                         make_header(layout_, 0, static_cast<uint32_t>(world_size_), step, false),
                                         report.status()};
-  cuda::decode_apply(cuda::device_plan(plan_, tables_.data_ptr<uint8_t>(), workspace_.data_ptr<uint8_t>()), arguments, stream);
+  cuda::decode_apply(device_plan_, arguments, stream);
   report.copy_to_host(stream);
 }
 
 void DeviceBucket::restore(const uint32_t* condition, cudaStream_t stream) {
   if (residuals_ == nullptr) return;
-  cuda::restore(cuda::device_plan(plan_, tables_.data_ptr<uint8_t>(), workspace_.data_ptr<uint8_t>()),
-                {payload_.data_ptr<uint8_t>(), unused_, residuals_, condition}, stream);
+  cuda::restore(device_plan_, {payload_.data_ptr<uint8_t>(), unused_, residuals_, condition}, stream);
 }
 
 cuda::SelectStatistics DeviceBucket::statistics(cudaStream_t stream) {

@@ -57,8 +57,9 @@ class DeviceBucket {
   GradientType type_;
   int64_t world_size_;
   cuda::Plan plan_;
-  at::Tensor tables_;    // of the plan, then one residual pointer and one `unused` byte per segment
-  at::Tensor workspace_; // of the plan, then the statistics
+  at::Tensor tables_;            // of the plan, then one residual pointer and one `unused` byte per segment
+  at::Tensor workspace_;         // of the plan, then the statistics
+  cuda::DevicePlan device_plan_; // pointers into both
   at::Tensor payload_;
   at::Tensor gathered_;
   float* const* residuals_ = nullptr; // on the device

@@ -55,11 +55,6 @@ void DeviceStream::complete(c10::ivalue::Future& future, c10::IValue result, con
 
 void DeviceStream::before_collective() {} // ProcessGroups order their work behind the current stream
 
-void DeviceStream::release_to_caller() {
-  const c10::Stream ours = streams_->stream;
-  wait_for(Guard(ours.device_type()).getStream(ours.device()), ours);
-}
-
 void DeviceStream::synchronize() { streams_->stream.synchronize(); }
 
 bool DeviceStream::is_capturing() const {

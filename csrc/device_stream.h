@@ -42,8 +42,6 @@ class DeviceStream {
   // Inside a scope, before a collective reads and after it wrote device memory.
   void before_collective();
 
-  // The caller's stream waits for this one, on the device; nothing waits on the host.
-  void release_to_caller();
   // The host waits until all is done.
   void synchronize();
   bool is_capturing() const; // into a CUDA graph

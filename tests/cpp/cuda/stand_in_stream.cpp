@@ -42,7 +42,6 @@ void DeviceStream::complete(c10::ivalue::Future& future, c10::IValue result, con
   synchronize();
   future.markCompleted(std::move(result));
 }
-void DeviceStream::release_to_caller() { synchronize(); }
 void DeviceStream::synchronize() { cuda::check(cudaStreamSynchronize(streams_->stream), "waiting for the stages"); }
 bool DeviceStream::is_capturing() const { return false; }
 

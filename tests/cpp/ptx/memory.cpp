@@ -10,16 +10,10 @@
 #include <new>
 #include <stdexcept>
 
+#include "address_sanitizer.h"
 #include "memory_map.h"
 #include "race_detector.h"
 
-#if defined(__SANITIZE_ADDRESS__)
-#define SIMT_ADDRESS_SANITIZER 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define SIMT_ADDRESS_SANITIZER 1
-#endif
-#endif
 #ifdef SIMT_ADDRESS_SANITIZER
 #include <sanitizer/asan_interface.h>
 #else
