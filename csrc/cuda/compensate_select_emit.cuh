@@ -134,7 +134,6 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(DevicePlan plan, SelectA
     encode_dense<gradient_t>(plan, a, taken - plan.num_runs);
   if (!last_block(&plan.step->finished, gridDim.x)) return;
   encode_header(plan, a);
-  __syncthreads();
   clear_states(plan);
 }
 

@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_kernel(DeviceP
 
   float acc[kRows][4], gradient_sq = 0, acc_sq = 0;
   uint32_t candidates = 0;
+  Sums<float, 2> squares{};
   bool odd = false;
   source.load_tile(kAgain && !deferred, acc, gradient_sq);
   for (int r = 0; r < kRows; ++r) {
@@ -57,18 +58,17 @@ __global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_kernel(DeviceP
   }
   if constexpr (!kAgain) {
     odd = __syncthreads_or(odd);
-    gradient_sq = block_sum(gradient_sq);
-    acc_sq = block_sum(acc_sq);
+    squares = block_sums<float, 2>({gradient_sq, acc_sq});
   } else {
     odd = false; // deferred already
   }
-  order_block(candidates, order);
-  const bool read_all = deferred || odd || order.total > min(group.slot_numel, tile.numel);
+  order_block(candidates, 0, order);
+  const bool read_all = deferred || odd || order.total > static_cast<uint32_t>(min(group.slot_numel, tile.numel));
   if (threadIdx.x == 0) {
-    plan.tile_states[t] = !read_all ? static_cast<uint32_t>(order.total) : kReadAll | (kAgain && !deferred ? 0 : kDeferred);
+    plan.tile_states[t] = !read_all ? order.total : kReadAll | (kAgain && !deferred ? 0 : kDeferred);
     if constexpr (!kAgain) {
-      plan.sums[3 * t] = gradient_sq;
-      plan.sums[3 * t + 1] = acc_sq;
+      plan.sums[3 * t] = squares.of[0];
+      plan.sums[3 * t + 1] = squares.of[1];
       if (odd) atomicOr(&plan.step->non_finite, 1u);
     }
   }

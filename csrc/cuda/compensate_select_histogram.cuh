@@ -75,17 +75,16 @@ __global__ void __launch_bounds__(kThreads, kAgain ? 2 : 3) histogram_kernel(Dev
       odd = __syncthreads_or(odd);
       if (!odd)
         for (int r = 0; r < kRows; ++r) source.store_row(r, acc[r]);
-      gradient_sq = block_sum(gradient_sq);
-      acc_sq = block_sum(acc_sq);
+      const Sums<float, 2> sums = block_sums<float, 2>({gradient_sq, acc_sq});
       if (threadIdx.x == 0) {
         plan.tile_states[t] = odd ? kReadAll | kDeferred : 0;
-        plan.sums[3 * t] = gradient_sq;
-        plan.sums[3 * t + 1] = acc_sq;
+        plan.sums[3 * t] = sums.of[0];
+        plan.sums[3 * t + 1] = sums.of[1];
         if (odd) atomicOr(&plan.step->non_finite, 1u);
       }
     }
   }
-  __syncthreads();
+  if constexpr (kAgain) __syncthreads(); // otherwise the barrier within the sums has followed the last count
   uint32_t* histogram = plan.histograms + int64_t{run.group} * kGroupHistogramBins;
   for (int b = threadIdx.x; b < kHistogramBins; b += kThreads)
     if (counts[b] != 0) add_relaxed(&histogram[b], counts[b]);

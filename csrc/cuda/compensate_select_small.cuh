@@ -39,7 +39,7 @@ __device__ inline Threshold block_threshold(const uint32_t (&keys)[kRows][4], ui
 
 template <typename gradient_t>
 __device__ void select_small(const DevicePlan& plan, const SelectArguments& a, int index) {
-  __shared__ BlockOrder order_above, order_equal;
+  __shared__ BlockOrder order;
   const SmallGroup group = plan.small_groups[index];
   const TileSource<gradient_t> source(a, group.offset, 0, group.segment, group.numel);
   float acc[kRows][4], gradient_sq = 0, acc_sq = 0, sent_sq = 0;
@@ -62,11 +62,11 @@ __device__ void select_small(const DevicePlan& plan, const SelectArguments& a, i
       if (keys[r][j] > threshold.key) above |= bit;
       if (keys[r][j] == threshold.key) equal |= bit;
     }
-  order_block(above, order_above);
-  order_block(equal, order_equal);
+  order_block(above, equal, order);
   for (int r = 0; r < kRows; ++r) {
-    uint32_t before_above = order_above.before[r][threadIdx.x / 32] + before_thread(above, r);
-    uint32_t before_equal = order_equal.before[r][threadIdx.x / 32] + before_thread(equal, r);
+    const uint32_t before_warp = order.before[r][threadIdx.x / 32];
+    uint32_t before_above = (before_warp & 0xffffu) + before_thread(above, r);
+    uint32_t before_equal = (before_warp >> 16) + before_thread(equal, r);
     float kept[4];
     bool any_odd = false;
     for (int j = 0; j < 4; ++j) {
@@ -91,13 +91,11 @@ __device__ void select_small(const DevicePlan& plan, const SelectArguments& a, i
     }
   }
   odd = __syncthreads_or(odd);
-  gradient_sq = block_sum(gradient_sq);
-  acc_sq = block_sum(acc_sq);
-  sent_sq = block_sum(sent_sq);
+  const Sums<float, 3> squares = block_sums<float, 3>({gradient_sq, acc_sq, sent_sq});
   if (threadIdx.x == 0) {
     if (odd) atomicOr(&plan.step->non_finite, 1u);
     float* sums = plan.sums + 3 * int64_t{plan.num_tiles + index};
-    sums[0] = gradient_sq, sums[1] = acc_sq, sums[2] = sent_sq;
+    for (int s = 0; s < 3; ++s) sums[s] = squares.of[s];
   }
 }
 

@@ -30,7 +30,7 @@ __device__ void encode_dense(const DevicePlan& plan, const SelectArguments& a, i
     gradient_sq = __fadd_rn(gradient_sq, __fmul_rn(value, value));
   }
   odd = __syncthreads_or(odd);
-  gradient_sq = block_sum(gradient_sq);
+  gradient_sq = block_sums<float, 1>({gradient_sq}).of[0];
   if (threadIdx.x == 0) {
     if (odd) atomicOr(&plan.step->non_finite, 1u);
     float* sums = plan.sums + 3 * int64_t{plan.num_tiles + plan.num_small_groups + index};
@@ -41,22 +41,17 @@ __device__ void encode_dense(const DevicePlan& plan, const SelectArguments& a, i
 // Header, padding and statistics, by the last block of the last kernel.
 __device__ inline void encode_header(const DevicePlan& plan, const SelectArguments& a) {
   const int64_t num_sums = int64_t{plan.num_tiles} + plan.num_small_groups + plan.num_dense_tiles;
-  double sums[3] = {0, 0, 0};
+  Sums<double, 3> sums{};
   for (int64_t i = threadIdx.x; i < num_sums; i += kThreads)
-    for (int s = 0; s < 3; ++s) sums[s] += static_cast<double>(plan.sums[3 * i + s]);
-  using Reduce = cub::BlockReduce<double, kThreads>;
-  __shared__ typename Reduce::TempStorage storage;
-  for (double& sum : sums) {
-    sum = Reduce(storage).Sum(sum);
-    __syncthreads();
-  }
+    for (int s = 0; s < 3; ++s) sums.of[s] += static_cast<double>(plan.sums[3 * i + s]);
+  sums = block_sums(sums);
   const int64_t used_bytes = sizeof(PayloadHeader) + 8 * plan.selected_numel + 4 * plan.dense_numel;
   for (int64_t byte = used_bytes + threadIdx.x; byte < a.header.payload_bytes; byte += kThreads) a.payload[byte] = 0;
   if (threadIdx.x != 0) return;
   PayloadHeader header = a.header;
   if (plan.step->non_finite != 0) header.flags |= kFlagNonFinite;
   *reinterpret_cast<PayloadHeader*>(a.payload) = header;
-  *a.statistics = {sums[0], sums[1], sums[2]};
+  *a.statistics = {sums.of[0], sums.of[1], sums.of[2]};
 }
 
 } // namespace compressed_ddp::cuda

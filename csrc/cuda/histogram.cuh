@@ -15,7 +15,7 @@ struct RankInHistogram {
 };
 
 // Counts from the last bin down. `histogram` [num_bins] may lie in memory or be shared; num_bins is a multiple of kThreads or at
-// most it. Bins are set to zero when `clear`. Call by all threads; returns the same to all. Ends with a barrier.
+// most it. Bins are set to zero when `clear`. Call by all threads, with a barrier between two calls; returns the same to all.
 template <int kRanks>
 __device__ void find_ranks(uint32_t* histogram, int num_bins, const int64_t (&ranks)[kRanks], bool clear,
                            RankInHistogram (&found)[kRanks]) {
@@ -43,17 +43,22 @@ __device__ void find_ranks(uint32_t* histogram, int num_bins, const int64_t (&ra
       if (last - b >= 0 && histogram[last - b] != 0) histogram[last - b] = 0;
   __syncthreads();
   for (int i = 0; i < kRanks; ++i) found[i] = shared[i];
-  __syncthreads();
 }
 
-// The block's sum, in thread 0; fp32, in an order fixed by the block's shape. Starts and ends with a barrier.
-__device__ __forceinline__ float block_sum(float value) {
-  using Reduce = cub::BlockReduce<float, kThreads>;
+// The block's sums, each in an order fixed by the block's shape; right in thread 0. Call by all threads, with a barrier between two
+// calls. All sums share the one barrier inside.
+template <typename number_t, int kSums>
+struct Sums {
+  number_t of[kSums];
+};
+template <typename number_t, int kSums>
+__device__ __forceinline__ Sums<number_t, kSums> block_sums(const Sums<number_t, kSums>& values) {
+  using Reduce = cub::BlockReduce<Sums<number_t, kSums>, kThreads>;
   __shared__ typename Reduce::TempStorage storage;
-  __syncthreads();
-  const float sum = Reduce(storage).Sum(value);
-  __syncthreads();
-  return sum;
+  return Reduce(storage).Reduce(values, [](Sums<number_t, kSums> a, const Sums<number_t, kSums>& b) {
+    for (int s = 0; s < kSums; ++s) a.of[s] += b.of[s];
+    return a;
+  });
 }
 
 } // namespace compressed_ddp::cuda

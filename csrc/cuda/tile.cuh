@@ -146,27 +146,29 @@ struct TileSource {
 
 // ---- order of chosen entries
 
-// Ranks of a block's chosen entries in the order of their indices, from one bit per entry and thread.
+// Ranks of a block's chosen entries in the order of their indices, from one bit per entry and thread; of two choices at once, the
+// second counted in the upper half of each word.
 struct BlockOrder {
-  int before[kRows][kWarps];
-  int total;
+  uint32_t before[kRows][kWarps];
+  uint32_t total;
 };
+static_assert(kTileNumel < 1 << 16);
 
-// `chosen`: bit 4r+j for row r, entry j. Afterwards order.before[r][w] entries lie before warp w's part of row r. Two barriers.
-__device__ __forceinline__ void order_block(uint32_t chosen, BlockOrder& order) {
+// `first`, `second`: bit 4r+j for row r, entry j. Afterwards order.before[r][w] entries lie before warp w's part of row r. Two barriers.
+__device__ __forceinline__ void order_block(uint32_t first, uint32_t second, BlockOrder& order) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int r = 0; r < kRows; ++r) {
-    int count = __popc(chosen >> (4 * r) & 15u);
-    count = __reduce_add_sync(0xffffffffu, static_cast<unsigned>(count));
+    const uint32_t mine = __popc(first >> (4 * r) & 15u) | __popc(second >> (4 * r) & 15u) << 16;
+    const uint32_t count = __reduce_add_sync(0xffffffffu, mine);
     if (lane == 0) order.before[r][warp] = count;
   }
   __syncthreads();
   if (warp == 0) {
-    int* counts = &order.before[0][0];
-    const int mine = counts[lane];
-    int sum = mine;
+    uint32_t* counts = &order.before[0][0];
+    const uint32_t mine = counts[lane];
+    uint32_t sum = mine;
     for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, sum, step);
+      const uint32_t other = __shfl_up_sync(0xffffffffu, sum, step);
       if (lane >= step) sum += other;
     }
     counts[lane] = sum - mine;

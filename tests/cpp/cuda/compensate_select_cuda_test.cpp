@@ -56,6 +56,17 @@ TEST(CompensateSelectCuda, EqualsTheCpuEngineAtAllTails) {
     }
 }
 
+TEST(CompensateSelectCuda, EqualsTheCpuEngineOnSmallGroupsAlone) { // which take a launch of their own
+  const Layout layout = Layout::make(Numbers{300, 1, 70, kTileNumel, 1025}, Numbers{0, 1, -1, 2, 3}, Numbers{3, 1, 40, 900});
+  CudaPlan plan(layout);
+  for (const Data data : {Data::kNormal, Data::kTies, Data::kSomeNan})
+    for (const GradientType type : kGradientTypes) {
+      SCOPED_TRACE(std::string(testing::name_of(data)) + ", " + testing::name_of(type) + ", seed 38");
+      expect_as_on_cpu(make_case(layout, type, make_data(data, layout.numel, 38), true), plan);
+      if (HasFatalFailure()) return;
+    }
+}
+
 TEST(CompensateSelectCuda, EqualsTheCpuEngineAtAnyAlignment) {
   const Layout layout = Layout::make(Numbers{5001, 3, 9001, 130}, Numbers{0, 1, 2, -1}, Numbers{50, 1, 90});
   CudaPlan plan(layout);
@@ -93,10 +104,9 @@ TEST(CompensateSelectCuda, RandomCasesEqualTheCpuEngine) {
   }
 }
 
-TEST(CompensateSelectCuda, AWrongGuessIsMended) {
-  // Large values only where nobody samples, or only where everybody does, cannot be aimed at from here; data whose sample says little
-  // can: nearly all zeros (the guess gives up) and a clump that fills some tiles (their slots overflow).
-  const int64_t numel = 12 * kTileNumel + 5;
+TEST(CompensateSelectCuda, AGuessThatSaysNothingIsMended) {
+  // Nearly all zeros: the guess gives up. A clump that fills some tiles: their slots overflow.
+  const int64_t numel = 12 * kTileNumel + 5; // two runs, so that blocks meet in the tickets
   const Layout layout = one_group(numel, numel / 100);
   CudaPlan plan(layout);
   GradientAndResidual sparse = make_data(Data::kNormal, numel, 35);
@@ -104,9 +114,36 @@ TEST(CompensateSelectCuda, AWrongGuessIsMended) {
     if (i % 90 != 0) sparse.gradient[static_cast<size_t>(i)] = sparse.residual[static_cast<size_t>(i)] = 0;
   GradientAndResidual clump = make_data(Data::kNormal, numel, 36);
   for (int64_t i = kTileNumel; i < 2 * kTileNumel; ++i) clump.gradient[static_cast<size_t>(i)] *= 1000.0f;
-  for (const GradientAndResidual& data : {sparse, clump}) {
-    expect_as_on_cpu(make_case(layout, GradientType::kFloat32, data, true), plan);
-    expect_as_on_cpu(make_case(layout, GradientType::kFloat32, data, false), plan);
+  for (const GradientAndResidual& data : {sparse, clump})
+    for (const GradientType type : kGradientTypes) {
+      SCOPED_TRACE(testing::name_of(type));
+      expect_as_on_cpu(make_case(layout, type, data, true), plan);
+      if (type == GradientType::kFloat32) expect_as_on_cpu(make_case(layout, type, data, false), plan);
+      if (HasFatalFailure()) return;
+    }
+}
+
+// Large values that fill whole sectors, which is what the guess samples: it sees eight times fewer independent places than it counts on.
+GradientAndResidual large_sectors(int64_t numel, int64_t num_sectors, uint64_t seed) {
+  GradientAndResidual data = make_data(Data::kNormal, numel, seed);
+  Random random(seed);
+  for (int64_t s = 0; s < num_sectors; ++s) {
+    const int64_t sector = random.integer(0, numel / cuda::kSectorNumel);
+    for (int64_t i = sector * cuda::kSectorNumel; i < (sector + 1) * cuda::kSectorNumel; ++i)
+      data.gradient[static_cast<size_t>(i)] = 50 * (1 + random.normal() / 4);
+  }
+  return data;
+}
+
+TEST(CompensateSelectCuda, AWrongGuessIsMended) {
+  const int64_t numel = 12 * kTileNumel + 5;
+  const Layout layout = one_group(numel, numel / 100);
+  CudaPlan plan(layout);
+  constexpr uint64_t kSeed = 14; // with which the sample holds so many that fewer than k entries seem large enough
+  const GradientAndResidual data = large_sectors(numel, numel / 100 / cuda::kSectorNumel, kSeed);
+  for (const GradientType type : kGradientTypes) {
+    SCOPED_TRACE(std::string(testing::name_of(type)) + ", seed " + std::to_string(kSeed));
+    expect_as_on_cpu(make_case(layout, type, data, true), plan);
     if (HasFatalFailure()) return;
   }
 }

@@ -1,13 +1,15 @@
 """Tests the tests of the CUDA kernels: breaks one instruction of their PTX at a time and runs the tests on it.
 
     python tests/cpp/ptx/mutate_ptx.py TEST_EXECUTABLE [--filter GTEST_FILTER] [--kind sync|compare]
-                                       [--kernel NAME] [--sample N --seed S] [--json FILE]
+                                       [--then GTEST_FILTER] [--kernel NAME] [--sample N --seed S]
+                                       [--jobs N] [--json FILE]
 
 `sync` removes each barrier and fence and weakens each acquire and release; every one of these must be
 noticed, by a wrong result, by the race detector or as a hang, or it is not needed. `compare` turns
 each comparison around its edge (lt <-> le, gt <-> ge, eq <-> ne): survivors show what the test data
-does not reach. The executable is one that is linked with the stand-in runtime. Exit status 1 when a
-`sync` mutant survives.
+does not reach. What survives the tests of --filter, in two orders of threads, meets those of --then.
+The executable is one that is linked with the stand-in runtime. Exit status 1 when a `sync` mutant
+survives.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -117,6 +120,26 @@ def run(executable: str, test_filter: str, environment: dict[str, str]) -> str:
     )
 
 
+def judge(mutant: Mutant, ptx: list[str], options: argparse.Namespace) -> Mutant:
+    """Run the tests on a mutant and fill in what noticed it."""
+    changed = list(ptx)
+    changed[mutant.line - 1] = mutant.text
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mutant.ptx"
+        path.write_text("\n".join(changed))
+        for test_filter in filter(None, (options.filter, options.then)):
+            for fuzz, order in (("0", "ascending"), ("1", "random")):
+                environment = {
+                    "SIMT_PTX_REPLACE": f"{mutant.program}:{path}",
+                    "SIMT_FUZZ": fuzz,
+                    "SIMT_ORDER": order,
+                }
+                mutant.outcome = run(options.executable, test_filter, environment)
+                if mutant.outcome:
+                    return mutant
+    return mutant
+
+
 def main() -> int:
     """Run the mutants, print each and what noticed it."""
     parser = argparse.ArgumentParser(
@@ -124,8 +147,10 @@ def main() -> int:
     )
     parser.add_argument("executable")
     parser.add_argument("--filter", default="*")
+    parser.add_argument("--then", default="", help="tests that only survivors of --filter meet")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--kind", choices=["sync", "compare"], default="sync")
-    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--kernel", default="", help="only kernels whose name this expression finds")
     parser.add_argument("--sample", type=int, default=0, help="only so many, chosen at random")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -143,7 +168,7 @@ def main() -> int:
             m
             for program, ptx in sorted(texts.items())
             for m in sites(program, ptx, options.kind)
-            if options.kernel in m.kernel
+            if re.search(options.kernel, m.kernel)
         ]
         total = len(mutants)
         if options.sample:
@@ -152,24 +177,12 @@ def main() -> int:
                 key=lambda m: (m.program, m.line),
             )
         print(f"{len(mutants)} of {total} mutants, seed {options.seed}")
-        for mutant in mutants:
-            changed = list(texts[mutant.program])
-            changed[mutant.line - 1] = mutant.text
-            path = Path(folder) / "mutant.ptx"
-            path.write_text("\n".join(changed))
-            for fuzz in ("0", "1"):
-                environment = {
-                    "SIMT_PTX_REPLACE": f"{mutant.program}:{path}",
-                    "SIMT_FUZZ": fuzz,
-                    "SIMT_ORDER": "random" if fuzz == "1" else "ascending",
-                }
-                mutant.outcome = run(options.executable, options.filter, environment)
-                if mutant.outcome:
-                    break
-            print(
-                f"{mutant.outcome or 'SURVIVED':16} line {mutant.line:6} {mutant.kernel[:60]:60} {mutant.change}",
-                flush=True,
-            )
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for mutant in pool.map(lambda m: judge(m, texts[m.program], options), mutants):
+                print(
+                    f"{mutant.outcome or 'SURVIVED':16} line {mutant.line:6} {mutant.kernel[:60]:60} {mutant.change}",
+                    flush=True,
+                )
     survived = [mutant for mutant in mutants if not mutant.outcome]
     print(f"{len(mutants) - len(survived)} noticed, {len(survived)} survived")
     if options.json:
