@@ -24,14 +24,18 @@ stand_in_tests = $(addprefix tests/python/test_,$(addsuffix .py, \
   stand_in hook rollback resume failures state_dict non_finite metrics ddp_loops invariants all_reduce \
   all_reduce_gradients agreement training))
 
+FUZZ_SECONDS ?= 60
+COMPRESSED_DDP_REQUIRE_FUZZ ?= OFF
+
 .DELETE_ON_ERROR:
-.PHONY: help env build build-tests test test-without-gpu demo bench-stages lint format clean FORCE
+.PHONY: help env build build-tests fuzz test test-without-gpu demo bench-stages lint format clean FORCE
 
 help:
 	@echo "make env           create $(VENV) with $(TORCH) and the build tools"
 	@echo "make build         compile and install compressed_ddp into $(VENV) (editable)"
 	@echo "make test          build, then the C++ tests and the Python tests (PYTEST_ARGS=...)"
 	@echo "make test-without-gpu  of these, the tests of the hook with the CUDA kernels, whose PTX is interpreted"
+	@echo "make fuzz          throw bytes at the decoder for FUZZ_SECONDS (60); needs clang++"
 	@echo "make demo          build, then 2 ranks dense and compressed on real digits"
 	@echo "make bench-stages  build, then time each stage (BENCH_ARGS=...)"
 	@echo "make lint          formatters, linters and type checks; changes nothing"
@@ -82,6 +86,7 @@ build-tests: $(VENV)/.tools $(VENV)/.torch
 # --- Use ------------------------------------------------------------------------------------------
 test: build build-tests
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error -j 2
+	$(MAKE) fuzz
 	$(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)
 	$(MAKE) test-without-gpu
 
@@ -90,6 +95,18 @@ test-without-gpu: build build-tests
 	@module="$$(ls build/cpp/stand_in/_C.*so 2>/dev/null)"; \
 	if [ -z "$$module" ]; then echo "no CUDA toolkit: the CUDA stages were not built, and are not tested"; exit 0; fi; \
 	COMPRESSED_DDP_STAND_IN="$(abspath .)/$$module" $(BIN)/python -m pytest --durations=5 --timeout=300 $(stand_in_tests)
+
+# What is found new lies in build/fuzz/found; `make fuzz FUZZ_SECONDS=3600`, then copy what is worth keeping to the corpus.
+fuzz: $(VENV)/.tools
+	@if ! echo 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' \
+	  | clang++ -x c++ -fsanitize=fuzzer -o /dev/null - 2>/dev/null; then \
+	  if [ "$(COMPRESSED_DDP_REQUIRE_FUZZ)" = ON ]; then echo "no clang++ with the fuzzer's runtime" >&2; exit 1; fi; \
+	  echo "no clang++ with the fuzzer's runtime: the decoder is not fuzzed"; exit 0; fi; \
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/fuzz -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=clang++ \
+	  -DCOMPRESSED_DDP_PYTHON=OFF -DCOMPRESSED_DDP_TESTS=OFF -DCOMPRESSED_DDP_CUDA=OFF -DCOMPRESSED_DDP_FUZZ=ON && \
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/fuzz --target decode_fuzz && mkdir -p build/fuzz/found && \
+	build/fuzz/tests/cpp/fuzz/decode_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=2600 -timeout=10 -artifact_prefix=build/fuzz/ \
+	  -print_final_stats=1 -verbosity=0 build/fuzz/found tests/cpp/fuzz/corpus
 
 demo: build
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)

@@ -5,13 +5,15 @@
 #include <algorithm>
 
 #include "cpu/decode_apply.h"
+#include "cpu/encode.h"
 #include "cpu/restore.h"
 #include "parallel_for.h"
 #include "wire_format.h"
 
 namespace compressed_ddp {
 
-Bucket::Bucket(BucketKey key, Scope scope, int64_t min_compress_numel) : key_(std::move(key)), scope_(scope) {
+Bucket::Bucket(BucketKey key, Scope scope, ValueFormat value_format, int64_t min_compress_numel)
+    : key_(std::move(key)), scope_(scope), value_format_(value_format) {
   for (size_t e = 0; e < key_.entries.size(); ++e) {
     const Entry& entry = *key_.entries[e];
     int64_t offset = 0;
@@ -68,7 +70,7 @@ Layout Bucket::make_layout(double density) const {
   }
   std::vector<int64_t> k;
   for (const int64_t numel : group_numels) k.push_back(selection_k(density, numel));
-  return Layout::make(numels, groups, k);
+  return Layout::make(numels, groups, k, value_format_);
 }
 
 int64_t Bucket::selected_numel(double density) const { return make_layout(density).selected_numel; }
@@ -89,19 +91,20 @@ void Bucket::note_sent(const std::vector<uint8_t>& unused) {
     if (!part.dense) key_.entries[part.entry]->was_compressed = true;
 }
 
-void Bucket::prepare(double density, int64_t world_size, ResidualStore* residuals, CompensateSelect::Scratch& scratch) {
+void Bucket::prepare(double density, int64_t world_size, ResidualStore* residuals, BucketScratch& scratch) {
   const bool error_feedback = residuals != nullptr;
   if (density == density_ && world_size == world_size_ && error_feedback == error_feedback_) return;
   if (density != density_) {
     density_ = 0; // half-built until the end, should an allocation fail
     layout_ = make_layout(density);
     compensate_select_ = std::make_unique<CompensateSelect>(layout_);
-    compensate_select_->use_scratch(scratch);
+    compensate_select_->use_scratch(scratch.candidates);
   }
   point_at_residuals(residuals, at::kCPU);
   unused_.assign(parts_.size(), 0);
   payload_ = at::empty({payload_bytes(layout_)}, at::dtype(at::kByte));
   gathered_ = at::empty({world_size * payload_bytes(layout_)}, at::dtype(at::kByte));
+  scratch_ = &scratch;
   density_ = density;
   world_size_ = world_size;
   error_feedback_ = error_feedback;
@@ -110,24 +113,33 @@ void Bucket::prepare(double density, int64_t world_size, ResidualStore* residual
 void Bucket::compensate_select_and_encode(const at::Tensor& gradient, const std::vector<uint8_t>& unused, uint32_t rank, int64_t step) {
   note_sent(unused);
   auto* payload = payload_.data_ptr<uint8_t>();
-  // compensate_select_ writes its entries straight into the payload: encode has nothing left to copy.
-  const PayloadEntries entries = payload_entries(layout_, payload);
-  const CompensateSelectArguments arguments{
-      gradient.const_data_ptr(), key_.type, error_feedback_ ? residuals_.data() : nullptr, unused_.data(), entries.indices, entries.values};
-  const CompensateSelectStatistics selected = compensate_select(*compensate_select_, arguments, torch_parallel_for);
-  sent_ = error_feedback_;
+  Entries& entries = scratch_->selected;
+  const auto selected_numel = static_cast<size_t>(layout_.selected_numel);
+  if (entries.indices.size() < selected_numel) {
+    entries.indices.resize(selected_numel);
+    entries.values.resize(selected_numel);
+  }
+  float* const* residuals = error_feedback_ ? residuals_.data() : nullptr;
+  const CompensateSelectStatistics selected = compensate_select(
+      *compensate_select_, {gradient.const_data_ptr(), key_.type, residuals, unused_.data(), entries.indices.data(), entries.values.data()},
+      torch_parallel_for);
   const EncodeStatistics dense = encode_dense(layout_, gradient.const_data_ptr(), key_.type, unused_.data(), payload);
-  encode_header(layout_, rank, static_cast<uint32_t>(world_size_), step, selected.non_finite + dense.non_finite > 0, payload);
+  const bool non_finite = selected.non_finite + dense.non_finite > 0;
+  float* const* not_yet_kept = value_format_ == ValueFormat::kBFloat16 ? nullptr : residuals;
+  const double lost_sq =
+      encode_selected(layout_, {entries.values.data(), entries.indices.data(), not_yet_kept, non_finite, payload}, torch_parallel_for);
+  sent_ = error_feedback_;
+  encode_header(layout_, rank, static_cast<uint32_t>(world_size_), step, non_finite, payload);
   last.gradient_sq = selected.gradient_sq + dense.gradient_sq;
-  last.residual_sq = selected.residual_sq;
-  last.sent_sq = selected.sent_sq;
+  last.residual_sq = selected.residual_sq + lost_sq;
+  last.sent_sq = selected.sent_sq - lost_sq;
 }
 
-bool Bucket::decode_apply(at::Tensor& gradient, int64_t step) const {
+bool Bucket::decode_apply(at::Tensor& gradient, int64_t step) {
   const auto* gathered = gathered_.const_data_ptr<uint8_t>();
-  const std::string problem = check_gathered(layout_, gathered, world_size_, step);
+  const std::string problem = decode(layout_, gathered, world_size_, step, decoded_, torch_parallel_for);
   if (!problem.empty()) throw std::runtime_error(problem);
-  const DecodeApplyArguments arguments{gathered, world_size_, gradient.mutable_data_ptr(), key_.type};
+  const DecodeApplyArguments arguments{gathered, decoded_, world_size_, gradient.mutable_data_ptr(), key_.type};
   return compressed_ddp::decode_apply(layout_, arguments, torch_parallel_for);
 }
 
@@ -136,7 +148,11 @@ void Bucket::restore() {
   if (device_ != nullptr) return; // restore_on_device
 #endif
   if (!sent_) return;
-  compressed_ddp::restore(layout_, payload_.const_data_ptr<uint8_t>(), unused_.data(), residuals_.data());
+  const auto* payload = payload_.const_data_ptr<uint8_t>();
+  Entries own;
+  const std::string problem = decode_own(layout_, payload, own, torch_parallel_for);
+  TORCH_INTERNAL_ASSERT(problem.empty(), problem);
+  compressed_ddp::restore(layout_, own, residuals_.data());
   sent_ = false;
 }
 

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "cpu/compensate_select.h"
-#include "cpu/encode.h"
+#include "cpu/decode.h"
 #if COMPRESSED_DDP_CUDA
 #include "device_bucket.h"
 #endif
@@ -46,9 +46,15 @@ struct BucketStep {
   double sent_sq = 0;
 };
 
+// Of the stages on the CPU; shared by all buckets of an engine, whose selections never overlap in time.
+struct BucketScratch {
+  CompensateSelect::Scratch candidates;
+  Entries selected;
+};
+
 class Bucket {
  public:
-  Bucket(BucketKey key, Scope scope, int64_t min_compress_numel);
+  Bucket(BucketKey key, Scope scope, ValueFormat value_format, int64_t min_compress_numel);
 
   const BucketKey& key() const { return key_; }
   // A tensor with a name of its own (all_reduce_) is used or skipped by itself; the buckets of a model are used together, by one
@@ -57,7 +63,7 @@ class Bucket {
   std::string name() const; // for messages: the first parameter's name or shape
 
   // Layout for this density and buffers for this world size; allocates only when one of them changed.
-  void prepare(double density, int64_t world_size, ResidualStore* residuals, CompensateSelect::Scratch& scratch);
+  void prepare(double density, int64_t world_size, ResidualStore* residuals, BucketScratch& scratch);
 
 #if COMPRESSED_DDP_CUDA
   // The same stages on a device (device_bucket.h), enqueued on `stream`. restore_on_device: only if `condition` says so, nullptr = always.
@@ -78,7 +84,7 @@ class Bucket {
 
   // Stage 4. Throws (the bucket untouched) when a payload is not what it should be. Returns whether the result, the same on every rank, is
   // non-finite somewhere.
-  bool decode_apply(at::Tensor& gradient, int64_t step) const;
+  bool decode_apply(at::Tensor& gradient, int64_t step);
 
   // Puts what was sent last back into the residual, once.
   void restore();
@@ -113,6 +119,7 @@ class Bucket {
 
   BucketKey key_;
   Scope scope_;
+  ValueFormat value_format_;
   std::vector<Part> parts_;
   uint64_t structure_hash_ = 0;
   uint64_t identity_hash_ = 0;
@@ -125,6 +132,8 @@ class Bucket {
   std::vector<uint8_t> unused_;   // per segment, of the last step
   at::Tensor payload_;
   at::Tensor gathered_;
+  Entries decoded_;
+  BucketScratch* scratch_ = nullptr;
 #if COMPRESSED_DDP_CUDA
   std::unique_ptr<DeviceBucket> device_;
 #endif

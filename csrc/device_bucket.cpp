@@ -113,7 +113,7 @@ void DeviceBucket::decode_apply(const at::Tensor& gradient, int64_t step, Device
 
 void DeviceBucket::restore(const uint32_t* condition, cudaStream_t stream) {
   if (residuals_ == nullptr) return;
-  cuda::restore(device_plan_, {payload_.data_ptr<uint8_t>(), unused_, residuals_, condition}, stream);
+  cuda::restore(device_plan_, {payload_.data_ptr<uint8_t>(), residuals_, condition}, stream);
 }
 
 cuda::SelectStatistics DeviceBucket::statistics(cudaStream_t stream) {

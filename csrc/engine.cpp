@@ -249,7 +249,7 @@ std::shared_ptr<Bucket> Engine::bucket_of(const Request& request) {
   });
   return buckets_
       .emplace(first, std::make_shared<Bucket>(BucketKey{request.entries, request.presence_numel, type}, options_.scope,
-                                               options_.min_compress_numel))
+                                               options_.value_format, options_.min_compress_numel))
       ->second;
 }
 
@@ -388,6 +388,7 @@ void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& pr
   record.density = callable && dense ? 0.0 : density_of_current_step();
   record.density_is_callable = callable;
   record.scope = static_cast<int64_t>(options_.scope);
+  record.value_format = static_cast<int64_t>(options_.value_format);
   record.error_feedback = options_.error_feedback;
   record.dense_steps = options_.dense_steps;
   record.min_compress_numel = options_.min_compress_numel;

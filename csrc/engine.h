@@ -25,6 +25,7 @@ struct EngineOptions {
   double density = 0.01;                          // unused when density_of_step is set
   std::function<double(int64_t)> density_of_step; // a callable density; may take the GIL
   Scope scope = Scope::kTensor;
+  ValueFormat value_format = ValueFormat::kBFloat16;
   bool error_feedback = true;
   int64_t dense_steps = 2;
   int64_t min_compress_numel = 1024;
@@ -145,7 +146,7 @@ class Engine {
   EngineOptions options_;
   ResidualStore residuals_;
   c10::weak_intrusive_ptr<c10d::ProcessGroup> process_group_;
-  CompensateSelect::Scratch scratch_;
+  BucketScratch scratch_;
   std::multimap<const Entry*, std::shared_ptr<Bucket>> buckets_; // by first entry
   std::shared_ptr<Progress> progress_ = std::make_shared<Progress>();
 

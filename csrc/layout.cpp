@@ -34,11 +34,13 @@ int64_t selection_k(double density, int64_t numel) {
   return std::clamp<int64_t>(k, 1, numel);
 }
 
-Layout Layout::make(std::span<const int64_t> segment_numels, std::span<const int64_t> segment_groups, std::span<const int64_t> group_k) {
+Layout Layout::make(std::span<const int64_t> segment_numels, std::span<const int64_t> segment_groups, std::span<const int64_t> group_k,
+                    ValueFormat value_format) {
   if (segment_numels.size() != segment_groups.size())
     refuse("expected one group per segment but got " + std::to_string(segment_numels.size()) + " segments and " +
            std::to_string(segment_groups.size()) + " groups");
   Layout layout;
+  layout.value_format = value_format;
   layout.segments.reserve(segment_numels.size());
   for (size_t s = 0; s < segment_numels.size(); ++s) {
     const int64_t numel = segment_numels[s];
@@ -79,6 +81,7 @@ Layout Layout::make(std::span<const int64_t> segment_numels, std::span<const int
   layout.hash = hash_number(static_cast<int64_t>(layout.segments.size()), kHashSeed);
   for (const Segment& segment : layout.segments) layout.hash = hash_number(segment.group, hash_number(segment.numel, layout.hash));
   for (const Group& group : layout.groups) layout.hash = hash_number(group.k, layout.hash);
+  layout.hash = hash_number(static_cast<int64_t>(value_format), layout.hash);
   return layout;
 }
 

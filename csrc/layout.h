@@ -17,6 +17,9 @@ namespace compressed_ddp {
 
 inline constexpr int32_t kDenseGroup = -1;
 
+// How the values of selected entries travel (wire_format.h). What rounding loses goes back to the residual.
+enum class ValueFormat : uint8_t { kFloat32 = 0, kBFloat16 = 1, kSign = 2 };
+
 struct Segment {
   int64_t offset; // position of its first entry in the bucket
   int64_t numel;
@@ -38,10 +41,12 @@ struct Layout {
   int64_t numel = 0;          // of the bucket
   int64_t selected_numel = 0; // sum of k
   int64_t dense_numel = 0;    // sum of the dense segments
-  uint64_t hash = 0;          // FNV-1a over segments, groups and k; equal layouts have equal hashes on every machine
+  ValueFormat value_format = ValueFormat::kFloat32;
+  uint64_t hash = 0; // FNV-1a over segments, groups, k and value format; equal layouts have equal hashes on every machine
 
   // Throws std::invalid_argument, naming the segment or group, when the description is not a layout (see the checks there).
-  static Layout make(std::span<const int64_t> segment_numels, std::span<const int64_t> segment_groups, std::span<const int64_t> group_k);
+  static Layout make(std::span<const int64_t> segment_numels, std::span<const int64_t> segment_groups, std::span<const int64_t> group_k,
+                     ValueFormat value_format = ValueFormat::kFloat32);
 };
 
 // k of a selection: max(1, ceil(density * numel)) in double, at most numel; 0 when numel is 0. density in (0, 1].

@@ -53,15 +53,21 @@ std::function<double(int64_t)> density_function(py::object callable) {
   };
 }
 
+// Checked by TopKEFState.
+ValueFormat value_format_of(const std::string& name) {
+  return name == "fp32" ? ValueFormat::kFloat32 : name == "sign" ? ValueFormat::kSign : ValueFormat::kBFloat16;
+}
+
 // A deleter with the GIL: the engine keeps the results of the last step, which are Python objects.
-std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope, bool error_feedback, int64_t dense_steps,
-                                    int64_t min_compress_numel, bool exempt_needs_names) {
+std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope, const std::string& value_format, bool error_feedback,
+                                    int64_t dense_steps, int64_t min_compress_numel, bool exempt_needs_names) {
   EngineOptions options;
   if (PyCallable_Check(density.ptr()) != 0)
     options.density_of_step = density_function(std::move(density));
   else
     options.density = density.cast<double>();
   options.scope = scope == "bucket" ? Scope::kBucket : scope == "chunk" ? Scope::kChunk : Scope::kTensor;
+  options.value_format = value_format_of(value_format);
   options.error_feedback = error_feedback;
   options.dense_steps = dense_steps;
   options.min_compress_numel = min_compress_numel;
@@ -121,14 +127,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("selection_k", &selection_k, py::arg("density"), py::arg("numel"));
   m.def(
       "payload_bytes",
-      [](const std::vector<int64_t>& segments, const std::vector<int64_t>& groups, const std::vector<int64_t>& k) {
-        return payload_bytes(Layout::make(segments, groups, k));
-      },
-      py::arg("segments"), py::arg("groups"), py::arg("k"));
+      [](const std::vector<int64_t>& segments, const std::vector<int64_t>& groups, const std::vector<int64_t>& k,
+         const std::string& value_format) { return payload_bytes(Layout::make(segments, groups, k, value_format_of(value_format))); },
+      py::arg("segments"), py::arg("groups"), py::arg("k"), py::arg("value_format"));
 
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
-      .def(py::init(&make_engine), py::kw_only(), py::arg("density"), py::arg("scope"), py::arg("error_feedback"), py::arg("dense_steps"),
-           py::arg("min_compress_numel"), py::arg("exempt_needs_names"))
+      .def(py::init(&make_engine), py::kw_only(), py::arg("density"), py::arg("scope"), py::arg("value_format"), py::arg("error_feedback"),
+           py::arg("dense_steps"), py::arg("min_compress_numel"), py::arg("exempt_needs_names"))
       .def("set_process_group", &Engine::set_process_group, py::call_guard<release_gil>())
       .def("has_process_group", &Engine::has_process_group, py::call_guard<release_gil>())
       .def("bind",

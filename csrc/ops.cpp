@@ -5,7 +5,11 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <functional>
+
 #include "cpu/compensate_select.h"
+#include "cpu/decode.h"
 #include "cpu/decode_apply.h"
 #include "cpu/encode.h"
 #include "cpu/restore.h"
@@ -16,12 +20,19 @@
 namespace compressed_ddp {
 namespace {
 
-Layout make_layout(const char* op, at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k) {
+Layout make_layout(const char* op, at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k,
+                   ValueFormat value_format = ValueFormat::kFloat32) {
   try {
-    return Layout::make({segments.data(), segments.size()}, {groups.data(), groups.size()}, {k.data(), k.size()});
+    return Layout::make({segments.data(), segments.size()}, {groups.data(), groups.size()}, {k.data(), k.size()}, value_format);
   } catch (const std::invalid_argument& error) {
     TORCH_CHECK_VALUE(false, op, ": ", error.what());
   }
+}
+
+ValueFormat checked_value_format(const char* op, c10::string_view name) {
+  for (const ValueFormat value_format : {ValueFormat::kFloat32, ValueFormat::kBFloat16, ValueFormat::kSign})
+    if (name == name_of(value_format)) return value_format;
+  TORCH_CHECK_VALUE(false, op, ": expected value_format to be 'fp32', 'bf16' or 'sign', got '", name, "'");
 }
 
 void check_flat(const char* op, const char* argument, const at::Tensor& tensor, int64_t numel) {
@@ -68,10 +79,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> compensate_select_cpu(const at::T
   return {values, indices, statistics};
 }
 
+void check_payloads(const char* op, const char* argument, const at::Tensor& payloads) {
+  check_type(op, argument, payloads, at::kByte);
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(payloads.const_data_ptr()) % alignof(uint64_t) == 0, op, ": expected ", argument,
+                    " to be aligned to 8 bytes; clone() it");
+}
+
 at::Tensor encode_cpu(const at::Tensor& values, const at::Tensor& indices, const at::Tensor& gradient, at::IntArrayRef segments,
-                      at::IntArrayRef groups, at::IntArrayRef k, int64_t rank, int64_t world_size, int64_t step, bool non_finite) {
+                      at::IntArrayRef groups, at::IntArrayRef k, c10::string_view value_format, const std::optional<at::Tensor>& residual,
+                      int64_t rank, int64_t world_size, int64_t step, bool non_finite) {
   constexpr auto op = "encode";
-  const Layout layout = make_layout(op, segments, groups, k);
+  const Layout layout = make_layout(op, segments, groups, k, checked_value_format(op, value_format));
   check_flat(op, "gradient", gradient, layout.numel);
   check_type(op, "values", values, at::kFloat);
   check_type(op, "indices", indices, at::kInt);
@@ -81,46 +99,56 @@ at::Tensor encode_cpu(const at::Tensor& values, const at::Tensor& indices, const
                     " entries (the sum of k), got shapes ", values.sizes(), " and ", indices.sizes());
   TORCH_CHECK_VALUE(world_size >= 1 && rank >= 0 && rank < world_size, op, ": expected 0 <= rank < world_size, got rank ", rank, " of ",
                     world_size);
+  const auto* positions = indices.const_data_ptr<int32_t>();
+  TORCH_CHECK_VALUE(std::is_sorted(positions, positions + layout.selected_numel, std::less_equal<>()), op,
+                    ": expected indices to ascend strictly, as compensate_select_ returns them");
+  const std::string problem = check_groups(layout, positions);
+  TORCH_CHECK_VALUE(problem.empty(), op, ": ", problem, "; expected what compensate_select_ returned");
+  std::vector<float*> residuals;
+  if (residual.has_value()) {
+    check_flat(op, "residual", *residual, layout.numel);
+    check_type(op, "residual", *residual, at::kFloat);
+    residuals = segment_residuals(layout, *residual);
+  }
   at::Tensor payload = at::empty({payload_bytes(layout)}, gradient.options().dtype(at::kByte));
   auto* bytes = payload.mutable_data_ptr<uint8_t>();
-  encode_selected(layout, values.const_data_ptr<float>(), indices.const_data_ptr<int32_t>(), bytes);
   const EncodeStatistics dense = encode_dense(layout, gradient.const_data_ptr(), gradient_type(gradient), nullptr, bytes);
-  encode_header(layout, static_cast<uint32_t>(rank), static_cast<uint32_t>(world_size), step, non_finite || dense.non_finite > 0, bytes);
+  const bool any_non_finite = non_finite || dense.non_finite > 0;
+  encode_selected(layout,
+                  {values.const_data_ptr<float>(), positions, residual.has_value() ? residuals.data() : nullptr, any_non_finite, bytes},
+                  torch_parallel_for);
+  encode_header(layout, static_cast<uint32_t>(rank), static_cast<uint32_t>(world_size), step, any_non_finite, bytes);
   return payload;
 }
 
 void decode_apply_cpu(at::Tensor& bucket, const at::Tensor& gathered, at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k,
-                      int64_t step) {
+                      c10::string_view value_format, int64_t step) {
   constexpr auto op = "decode_apply_";
-  const Layout layout = make_layout(op, segments, groups, k);
+  const Layout layout = make_layout(op, segments, groups, k, checked_value_format(op, value_format));
   check_flat(op, "bucket", bucket, layout.numel);
-  check_type(op, "gathered", gathered, at::kByte);
+  check_payloads(op, "gathered", gathered);
   TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.is_contiguous() && gathered.size(0) >= 1 && gathered.size(1) == payload_bytes(layout),
                     op, ": expected gathered to be contiguous [world_size, ", payload_bytes(layout), "], got ", gathered.sizes());
   const auto* bytes = gathered.const_data_ptr<uint8_t>();
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(bytes) % alignof(float) == 0, op,
-                    ": expected gathered to be aligned to 4 bytes; clone() it");
-  const std::string problem = check_gathered(layout, bytes, gathered.size(0), step);
+  static thread_local Entries entries; // kept, as the engine keeps its own
+  const std::string problem = decode(layout, bytes, gathered.size(0), step, entries, torch_parallel_for);
   TORCH_CHECK_VALUE(problem.empty(), op, ": ", problem, "; the bucket is unchanged");
-  const DecodeApplyArguments arguments{bytes, gathered.size(0), bucket.mutable_data_ptr(), gradient_type(bucket)};
-  decode_apply(layout, arguments, torch_parallel_for);
+  decode_apply(layout, {bytes, entries, gathered.size(0), bucket.mutable_data_ptr(), gradient_type(bucket)}, torch_parallel_for);
 }
 
-void restore_cpu(at::Tensor& residual, const at::Tensor& payload, at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k) {
+void restore_cpu(at::Tensor& residual, const at::Tensor& payload, at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k,
+                 c10::string_view value_format) {
   constexpr auto op = "restore_";
-  const Layout layout = make_layout(op, segments, groups, k);
+  const Layout layout = make_layout(op, segments, groups, k, checked_value_format(op, value_format));
   check_flat(op, "residual", residual, layout.numel);
   check_type(op, "residual", residual, at::kFloat);
-  check_type(op, "payload", payload, at::kByte);
+  check_payloads(op, "payload", payload);
   TORCH_CHECK_VALUE(payload.dim() == 1 && payload.is_contiguous() && payload.numel() == payload_bytes(layout), op,
                     ": expected payload to be flat and contiguous with ", payload_bytes(layout), " bytes, got ", payload.sizes());
-  const auto* bytes = payload.const_data_ptr<uint8_t>();
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(bytes) % alignof(float) == 0, op,
-                    ": expected payload to be aligned to 4 bytes; clone() it");
-  const PayloadHeader header = read_header(bytes);
-  const std::string problem = check_payload(layout, bytes, header.rank, header.world_size, header.step); // its own rank, whichever that is
+  Entries entries;
+  const std::string problem = decode_own(layout, payload.const_data_ptr<uint8_t>(), entries, torch_parallel_for);
   TORCH_CHECK_VALUE(problem.empty(), op, ": the payload does not fit the layout (", problem, "); the residual is unchanged");
-  restore(layout, bytes, nullptr, segment_residuals(layout, residual).data());
+  restore(layout, entries, segment_residuals(layout, residual).data());
 }
 
 } // namespace
@@ -130,10 +158,12 @@ TORCH_LIBRARY(compressed_ddp, m) {
       "compensate_select_(Tensor gradient, Tensor(a!) residual, SymInt[] segments, int[] groups, SymInt[] k, *, bool error_feedback=True) "
       "-> (Tensor values, Tensor indices, Tensor statistics)");
   m.def(
-      "encode(Tensor values, Tensor indices, Tensor gradient, SymInt[] segments, int[] groups, SymInt[] k, *, int rank, int world_size, "
-      "int step=0, bool non_finite=False) -> Tensor");
-  m.def("decode_apply_(Tensor(a!) bucket, Tensor gathered, SymInt[] segments, int[] groups, SymInt[] k, *, int step=0) -> ()");
-  m.def("restore_(Tensor(a!) residual, Tensor payload, SymInt[] segments, int[] groups, SymInt[] k) -> ()");
+      "encode(Tensor values, Tensor indices, Tensor gradient, SymInt[] segments, int[] groups, SymInt[] k, *, str value_format='bf16', "
+      "Tensor(a!)? residual=None, int rank, int world_size, int step=0, bool non_finite=False) -> Tensor");
+  m.def(
+      "decode_apply_(Tensor(a!) bucket, Tensor gathered, SymInt[] segments, int[] groups, SymInt[] k, *, str value_format='bf16', "
+      "int step=0) -> ()");
+  m.def("restore_(Tensor(a!) residual, Tensor payload, SymInt[] segments, int[] groups, SymInt[] k, *, str value_format='bf16') -> ()");
 }
 
 TORCH_LIBRARY_IMPL(compressed_ddp, CPU, m) {

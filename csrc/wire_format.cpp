@@ -5,38 +5,58 @@
 namespace compressed_ddp {
 namespace {
 
+constexpr int64_t kSectionAlignment = 8;
+
+int64_t aligned(int64_t bytes, int64_t alignment) { return (bytes + alignment - 1) / alignment * alignment; }
+
+int64_t scales_bytes(const Layout& layout) {
+  return layout.value_format == ValueFormat::kSign ? 4 * static_cast<int64_t>(layout.groups.size()) : 0;
+}
+int64_t values_bytes(const Layout& layout) {
+  switch (layout.value_format) {
+    case ValueFormat::kFloat32:
+      return 4 * layout.selected_numel;
+    case ValueFormat::kBFloat16:
+      return 2 * layout.selected_numel;
+    default:
+      return (layout.selected_numel + 31) / 32 * 4;
+  }
+}
+
 std::string differs(const char* field, int64_t expected, int64_t got) {
   return std::string(field) + ": expected " + std::to_string(expected) + ", got " + std::to_string(got);
 }
 
-// Strictly ascending, and inside [first, last]. One sweep without branches: the compiler turns it into vector code.
-bool ascending_within(const int32_t* indices, int64_t count, int64_t first, int64_t last) {
-  if (count == 0) return true;
-  if (indices[0] < first || indices[count - 1] > last) return false;
-  bool ascending = true;
-  for (int64_t i = 1; i < count; ++i) ascending &= indices[i - 1] < indices[i];
-  return ascending;
-}
-
-std::string check_indices(const Layout& layout, const int32_t* indices) {
-  for (size_t g = 0; g < layout.groups.size(); ++g) {
-    const Group& group = layout.groups[g];
-    const Segment& last = layout.segments[static_cast<size_t>(group.last_segment)];
-    const int64_t first_index = layout.segments[static_cast<size_t>(group.first_segment)].offset;
-    const int64_t last_index = last.offset + last.numel - 1;
-    if (!ascending_within(indices + group.entry_offset, group.k, first_index, last_index))
-      return "the indices of group " + std::to_string(g) + " are not strictly ascending in [" + std::to_string(first_index) + ", " +
-             std::to_string(last_index) + "]";
-  }
-  return {};
-}
-
 } // namespace
+
+PayloadSections payload_sections(const Layout& layout) {
+  PayloadSections s{};
+  s.directory_numel = (layout.selected_numel + kDirectoryStride - 1) / kDirectoryStride;
+  s.high_bits = layout.selected_numel == 0 ? 0 : layout.selected_numel + ((layout.numel - 1) >> kLowBits);
+  s.directory = static_cast<int64_t>(sizeof(PayloadHeader));
+  s.high = aligned(s.directory + 4 * s.directory_numel, kSectionAlignment);
+  s.scales = s.high + 8 * s.high_words();
+  s.dense = aligned(s.scales + scales_bytes(layout), kSectionAlignment);
+  s.values = aligned(s.dense + 4 * layout.dense_numel, kSectionAlignment);
+  s.low = aligned(s.values + values_bytes(layout), kSectionAlignment);
+  s.payload_bytes = aligned(s.low + layout.selected_numel, kPayloadAlignment);
+  return s;
+}
+
+std::array<Gap, kPayloadGaps> payload_gaps(const Layout& layout) {
+  const PayloadSections s = payload_sections(layout);
+  return {{{s.directory + 4 * s.directory_numel, s.high},
+           {s.scales + scales_bytes(layout), s.dense},
+           {s.dense + 4 * layout.dense_numel, s.values},
+           {s.values + values_bytes(layout), s.low},
+           {s.low + layout.selected_numel, s.payload_bytes}}};
+}
 
 PayloadHeader make_header(const Layout& layout, uint32_t rank, uint32_t world_size, int64_t step, bool non_finite) {
   return {kPayloadMagic,
           kWireVersion,
-          non_finite ? kFlagNonFinite : uint16_t{0},
+          non_finite ? kFlagNonFinite : uint8_t{0},
+          layout.value_format,
           rank,
           world_size,
           layout.hash,
@@ -53,12 +73,14 @@ PayloadHeader read_header(const uint8_t* payload) {
   return header;
 }
 
-std::string check_payload(const Layout& layout, const uint8_t* payload, uint32_t rank, uint32_t world_size, int64_t step) {
+std::string check_header(const Layout& layout, const uint8_t* payload, uint32_t rank, uint32_t world_size, int64_t step) {
   const PayloadHeader got = read_header(payload);
   if (got.magic != kPayloadMagic) return differs("magic", kPayloadMagic, got.magic);
   if (got.version != kWireVersion)
     return differs("wire format version", kWireVersion, got.version) + "; install the same compressed_ddp on every rank";
   if ((got.flags & ~kFlagNonFinite) != 0) return differs("flags beyond the non-finite one", 0, got.flags & ~kFlagNonFinite);
+  if (got.value_format != layout.value_format)
+    return std::string("value_format: expected ") + name_of(layout.value_format) + ", got " + name_of(got.value_format);
   if (got.world_size != world_size) return differs("world_size", world_size, got.world_size);
   if (got.rank != rank) return differs("rank", rank, got.rank);
   if (got.step != step) return differs("step", step, got.step);
@@ -67,7 +89,19 @@ std::string check_payload(const Layout& layout, const uint8_t* payload, uint32_t
   if (got.dense_numel != layout.dense_numel) return differs("dense entries", layout.dense_numel, got.dense_numel);
   if (got.payload_bytes != payload_bytes(layout)) return differs("payload_bytes", payload_bytes(layout), got.payload_bytes);
   if (got.layout_hash != layout.hash) return "layout_hash differs: other segments, groups or k";
-  return check_indices(layout, payload_indices(layout, payload));
+  return {};
+}
+
+const char* name_of(ValueFormat value_format) {
+  switch (value_format) {
+    case ValueFormat::kFloat32:
+      return "fp32";
+    case ValueFormat::kBFloat16:
+      return "bf16";
+    case ValueFormat::kSign:
+      return "sign";
+  }
+  return "an unknown one"; // of a hostile header
 }
 
 } // namespace compressed_ddp

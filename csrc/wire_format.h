@@ -1,15 +1,22 @@
-// Byte layout of a payload, version 1. docs/wire_format.md is the same page for people. Torch-free.
+// Byte layout of a payload, version 2. docs/wire_format.md is the same page for people. Torch-free.
 //
-//   offset                          bytes                 field
-//   0                               64                    PayloadHeader
-//   64                              4 * selected_numel    indices   int32, positions in the bucket, strictly ascending
-//   64 + 4 * selected_numel         4 * selected_numel    values    fp32, in the order of the indices
-//   64 + 8 * selected_numel         4 * dense_numel       dense     fp32, the dense segments in bucket order
-//   ..                              0 .. 60               zeros up to a multiple of 64
+//   section    bytes                                            content
+//   header     64                                               PayloadHeader
+//   directory  4 * ceil(selected_numel / 256)                   uint32: index >> 8 of entries 0, 256, 512, ..
+//   high       8 * ceil((selected_numel + (numel - 1 >> 8)) / 64)   bit (index >> 8) + p is set for entry p; nothing without entries
+//   scales     4 * number of groups                             fp32, value format sign only: what a value of that group counts
+//   dense      4 * dense_numel                                  fp32, the dense segments in bucket order
+//   values     4, 2 or 1/8 * selected_numel                     fp32, bf16, or a sign bit in uint32 words; in the order of the indices
+//   low        selected_numel                                   uint8: index & 255
+//
+// Every section begins at a multiple of 8, the payload ends at a multiple of 64, and zeros lie between. Indices are positions in the
+// bucket, strictly ascending: high and low are their Elias-Fano code with 8 low bits (Elias 1974, Fano 1971), which takes
+// 9 + numel / (256 * selected_numel) bits per entry whatever the indices are. The directory lets a decoder begin anywhere.
 //
 // All numbers are little-endian. The size is a pure function of the layout: every rank knows it before any byte moves.
 #pragma once
 
+#include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -22,14 +29,17 @@ namespace compressed_ddp {
 static_assert(std::endian::native == std::endian::little, "payloads are written as they lie in memory: little-endian machines only");
 
 inline constexpr uint32_t kPayloadMagic = 0x50444443; // "CDDP" in the file
-inline constexpr uint16_t kWireVersion = 1;
-inline constexpr uint16_t kFlagNonFinite = 1; // some compensated or dense entry of this rank is Inf or NaN
+inline constexpr uint16_t kWireVersion = 2;
+inline constexpr uint8_t kFlagNonFinite = 1; // some compensated or dense entry of this rank is Inf or NaN
 inline constexpr int64_t kPayloadAlignment = 64;
+inline constexpr int64_t kLowBits = 8;
+inline constexpr int64_t kDirectoryStride = 256; // entries
 
 struct PayloadHeader {
   uint32_t magic;
   uint16_t version;
-  uint16_t flags;
+  uint8_t flags;
+  ValueFormat value_format;
   uint32_t rank;
   uint32_t world_size;
   uint64_t layout_hash;
@@ -39,34 +49,40 @@ struct PayloadHeader {
   int64_t dense_numel;
   int64_t payload_bytes;
 };
-static_assert(sizeof(PayloadHeader) == 64 && offsetof(PayloadHeader, layout_hash) == 16 && offsetof(PayloadHeader, payload_bytes) == 56);
+static_assert(sizeof(PayloadHeader) == 64 && offsetof(PayloadHeader, value_format) == 7 && offsetof(PayloadHeader, layout_hash) == 16 &&
+              offsetof(PayloadHeader, payload_bytes) == 56);
 
-inline int64_t indices_offset_bytes() { return static_cast<int64_t>(sizeof(PayloadHeader)); }
-inline int64_t values_offset_bytes(const Layout& layout) { return indices_offset_bytes() + 4 * layout.selected_numel; }
-inline int64_t dense_offset_bytes(const Layout& layout) { return values_offset_bytes(layout) + 4 * layout.selected_numel; }
-inline int64_t payload_bytes(const Layout& layout) {
-  const int64_t used_bytes = dense_offset_bytes(layout) + 4 * layout.dense_numel;
-  return (used_bytes + kPayloadAlignment - 1) / kPayloadAlignment * kPayloadAlignment;
-}
+// Where the sections of a payload begin, in bytes.
+struct PayloadSections {
+  int64_t directory;
+  int64_t high;
+  int64_t scales;
+  int64_t dense;
+  int64_t values;
+  int64_t low;
+  int64_t payload_bytes;
+  int64_t directory_numel;
+  int64_t high_bits; // that entries can set
+  int64_t high_words() const { return (high_bits + 63) / 64; }
+};
+PayloadSections payload_sections(const Layout& layout);
 
-inline const int32_t* payload_indices(const Layout&, const uint8_t* payload) {
-  return reinterpret_cast<const int32_t*>(payload + indices_offset_bytes());
-}
-inline const float* payload_values(const Layout& layout, const uint8_t* payload) {
-  return reinterpret_cast<const float*>(payload + values_offset_bytes(layout));
-}
-inline const float* payload_dense(const Layout& layout, const uint8_t* payload) {
-  return reinterpret_cast<const float*>(payload + dense_offset_bytes(layout));
-}
+struct Gap { // zeros between two sections, in bytes; may be empty
+  int64_t begin, end;
+};
+inline constexpr int kPayloadGaps = 5;
+std::array<Gap, kPayloadGaps> payload_gaps(const Layout& layout);
+
+inline int64_t payload_bytes(const Layout& layout) { return payload_sections(layout).payload_bytes; }
 
 // The header that rank `rank` writes for `layout` at `step`.
 PayloadHeader make_header(const Layout& layout, uint32_t rank, uint32_t world_size, int64_t step, bool non_finite);
-
-// Checks a payload that came from outside: header against what this rank expects, then every index against its group.
-// Returns an empty string when it is safe and meant for (layout, rank, world_size, step); otherwise one line that says which field differs.
-// Reads payload_bytes(layout) bytes from a pointer aligned to 4. Never reads further, whatever the bytes say.
-std::string check_payload(const Layout& layout, const uint8_t* payload, uint32_t rank, uint32_t world_size, int64_t step);
-
 PayloadHeader read_header(const uint8_t* payload);
+
+// Compares the header of a payload that came from outside with what this rank expects. Empty, or one line that says which field differs.
+std::string check_header(const Layout& layout, const uint8_t* payload, uint32_t rank, uint32_t world_size, int64_t step);
+
+// "fp32", "bf16", "sign"
+const char* name_of(ValueFormat value_format);
 
 } // namespace compressed_ddp

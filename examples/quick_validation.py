@@ -80,7 +80,7 @@ def _check_conservation(rank: int) -> Iterator[Check]:
     from compressed_ddp import TopKCompressor, TopKEFState, all_reduce_
 
     numel = 5000
-    state = TopKEFState(density=DENSITY, dense_steps=0)
+    state = TopKEFState(density=DENSITY, dense_steps=0, value_format="fp32")
     compressor = TopKCompressor(
         DENSITY
     )  # the same selection, alone: what this rank is expected to send

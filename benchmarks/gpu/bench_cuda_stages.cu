@@ -23,6 +23,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/decode.h"
 #include "cuda/compensate_select.h"
 #include "cuda/decode_apply.h"
 #include "cuda/launch.h"
@@ -222,7 +223,7 @@ Layout layout_of(const std::string& segmentation, int64_t numel, double density)
         k.push_back(selection_k(density, here));
       }
     }
-  return Layout::make(segments, groups, k);
+  return Layout::make(segments, groups, k, ValueFormat::kBFloat16);
 }
 
 // ---- figures
@@ -496,7 +497,7 @@ void measure_stages(const Configuration& c, int repetitions, const cudaDevicePro
                                           status.at<cuda::DecodeStatus>()};
     cuda::decode_apply(on_device, arguments, stream);
   };
-  const int64_t select_bytes = gradient_bytes + 2 * residual_bytes + 8 * layout.selected_numel;
+  const int64_t select_bytes = gradient_bytes + 2 * residual_bytes + message_bytes;
   std::vector<Arm> arms;
   arms.push_back({"stream",
                   [&] { add_stream(gradients.next_shifted(), c.type, reinterpret_cast<float*>(stream_residuals.next()), c.numel, stream); },
@@ -516,7 +517,9 @@ void measure_stages(const Configuration& c, int repetitions, const cudaDevicePro
   if (message_bytes <= 1 << 26) {
     std::vector<uint8_t> payload(static_cast<size_t>(message_bytes));
     check(cudaMemcpy(payload.data(), payloads.at(0), payload.size(), cudaMemcpyDeviceToHost), "reading a payload");
-    const std::string wrong = check_payload(layout, payload.data(), 0, kWorldSize, kStep);
+    Entries entries;
+    const auto in_one_go = [](int64_t count, auto&& run) { run(int64_t{0}, count); };
+    const std::string wrong = decode_own(layout, payload.data(), entries, in_one_go);
     if (!wrong.empty()) throw std::runtime_error(c.words() + ": " + wrong);
   }
   add_rows(results, c, &layout, arms, device.name);

@@ -74,7 +74,8 @@ int64_t sample_position(int64_t line, int64_t num_lines, int64_t numel) {
   return begin + static_cast<int64_t>((mixed >> 33) % static_cast<uint64_t>(slots)) * kSampleLine;
 }
 
-CompensateSelect::CompensateSelect(const Layout& layout, const FilterKernels& kernels, EmitKernel emit) : kernels_(kernels), emit_(emit) {
+CompensateSelect::CompensateSelect(const Layout& layout, const FilterKernels& kernels, EmitKernel emit)
+    : kernels_(kernels), emit_(emit), kept_(layout.value_format == ValueFormat::kBFloat16 ? Kept::kLostByBFloat16 : Kept::kZero) {
   for (const Group& group : layout.groups) {
     GroupState state{};
     state.first_block = num_blocks();
@@ -199,7 +200,7 @@ void CompensateSelect::guess_groups(int64_t begin, int64_t end) {
 
 void CompensateSelect::filter_blocks(int64_t begin, int64_t end) {
   const auto source = arguments_.residuals == nullptr ? FilterSource::kGradient : FilterSource::kCompensate;
-  const FilterKernel kernel = kernels_.table[static_cast<int>(arguments_.type)][static_cast<int>(source)];
+  const FilterKernel kernel = kernels_.of(arguments_.type, source, kept_);
   for (int64_t b = begin; b < end; ++b) {
     Block& block = blocks_[static_cast<size_t>(b)];
     if (!block.unused) block.filtered = kernel(filter_arguments(b));
@@ -242,7 +243,7 @@ void CompensateSelect::filter_again(GroupState& group) {
   group.low_key = std::clamp<uint32_t>(static_cast<uint32_t>(bin) << kShift, 1, kInfinityKey);
 
   const auto source = has_residual ? FilterSource::kResidual : FilterSource::kGradient;
-  const FilterKernel kernel = kernels_.table[static_cast<int>(arguments_.type)][static_cast<int>(source)];
+  const FilterKernel kernel = kernels_.of(arguments_.type, source, kept_);
   for (int64_t b = group.first_block; b < group.end_block; ++b) {
     Block& block = blocks_[static_cast<size_t>(b)];
     if (block.unused) continue;

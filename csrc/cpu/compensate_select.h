@@ -4,6 +4,7 @@
 //   acc = gradient + residual                                   (fp32, one rounding)
 //   select exactly k entries by key(|acc|), larger key first, then lower index  (float_types.h defines the key)
 //   residual = acc where not selected, 0 where selected; a non-finite acc is never stored: the residual keeps its old value
+//   (in a layout with bf16 values: what the rounding loses of acc, where selected; encode then has nothing to give back)
 // Selected entries come out in ascending index order, values as fp32 (every NaN as 0x7fc00000).
 // The result is a function of the inputs alone: not of the number of threads, the instruction set or the guess below.
 //
@@ -110,6 +111,7 @@ class CompensateSelect {
   std::vector<GroupState> groups_;
   const FilterKernels& kernels_;
   EmitKernel emit_;
+  Kept kept_;
   CompensateSelectArguments arguments_{};
   int64_t scratch_numel_ = 0;
   Scratch own_scratch_;

@@ -4,6 +4,7 @@
 //   key(acc) <  low_key  residual[i] = acc
 //   key(acc) >= low_key  (acc, i) is appended to the candidates, in order, and residual[i] = 0;
 //                        a non-finite acc is appended too, but residual[i] keeps its old value (architecture.md, contract 6)
+// With values that travel as bf16, what the rounding loses of acc stays in residual[i] instead of 0: while the cache line is at hand.
 // low_key must be in [1, kInfinityKey], so that zeros never are candidates and non-finite entries always are.
 #pragma once
 
@@ -18,6 +19,8 @@ enum class FilterSource : uint8_t {
   kGradient,   // acc = gradient; no residual exists (error_feedback=False)
   kResidual,   // acc = residual, which already holds acc: the second try after a wrong guess
 };
+
+enum class Kept : uint8_t { kZero, kLostByBFloat16 }; // in the residual of a candidate
 
 struct FilterArguments {
   const void* gradient; // [numel] of the gradient's type; unused for kResidual
@@ -39,21 +42,30 @@ inline constexpr int64_t kFilterSlack = 16; // one 512-bit store may begin at th
 
 using FilterKernel = FilterResult (*)(const FilterArguments&);
 
-struct FilterKernels { // [GradientType][FilterSource]
-  FilterKernel table[3][3];
+struct FilterKernels {
+  FilterKernel table[2][3][3];
   const char* name;
+  FilterKernel of(GradientType type, FilterSource source, Kept kept) const {
+    return table[static_cast<int>(kept)][static_cast<int>(type)][static_cast<int>(source)];
+  }
 };
 
 // Fills the table from a class template with a static member `run`.
-template <template <typename, FilterSource> class Kernel>
+template <template <typename, FilterSource, Kept> class Kernel>
 constexpr FilterKernels make_filter_kernels(const char* name) {
-  return {{{&Kernel<float, FilterSource::kCompensate>::run, &Kernel<float, FilterSource::kGradient>::run,
-            &Kernel<float, FilterSource::kResidual>::run},
-           {&Kernel<Float16, FilterSource::kCompensate>::run, &Kernel<Float16, FilterSource::kGradient>::run,
-            &Kernel<Float16, FilterSource::kResidual>::run},
-           {&Kernel<BFloat16, FilterSource::kCompensate>::run, &Kernel<BFloat16, FilterSource::kGradient>::run,
-            &Kernel<BFloat16, FilterSource::kResidual>::run}},
-          name};
+  using enum FilterSource;
+  using enum Kept;
+  return {
+      {{{&Kernel<float, kCompensate, kZero>::run, &Kernel<float, kGradient, kZero>::run, &Kernel<float, kResidual, kZero>::run},
+        {&Kernel<Float16, kCompensate, kZero>::run, &Kernel<Float16, kGradient, kZero>::run, &Kernel<Float16, kResidual, kZero>::run},
+        {&Kernel<BFloat16, kCompensate, kZero>::run, &Kernel<BFloat16, kGradient, kZero>::run, &Kernel<BFloat16, kResidual, kZero>::run}},
+       {{&Kernel<float, kCompensate, kLostByBFloat16>::run, &Kernel<float, kGradient, kZero>::run,
+         &Kernel<float, kResidual, kLostByBFloat16>::run},
+        {&Kernel<Float16, kCompensate, kLostByBFloat16>::run, &Kernel<Float16, kGradient, kZero>::run,
+         &Kernel<Float16, kResidual, kLostByBFloat16>::run},
+        {&Kernel<BFloat16, kCompensate, kLostByBFloat16>::run, &Kernel<BFloat16, kGradient, kZero>::run,
+         &Kernel<BFloat16, kResidual, kLostByBFloat16>::run}}},
+      name};
 }
 
 extern const FilterKernels kPortableFilter;
@@ -66,7 +78,7 @@ extern const FilterKernels kAvx512Filter;
 const FilterKernels& best_filter();
 
 // Shared by all kernels for the last entries of a block and for the portable kernel. Appends to `result`.
-template <typename gradient_t, FilterSource source>
+template <typename gradient_t, FilterSource source, Kept kept>
 inline void filter_scalar(const FilterArguments& a, int64_t begin, FilterResult& result) {
   const auto* gradient = static_cast<const gradient_t*>(a.gradient);
   double gradient_sq = 0, residual_sq = 0; // one chain of up to 65,536 fp32 additions would lose too much
@@ -91,7 +103,7 @@ inline void filter_scalar(const FilterArguments& a, int64_t begin, FilterResult&
     if (magnitude >= kInfinityKey) {
       ++result.non_finite;
     } else if constexpr (source != FilterSource::kGradient) {
-      a.residual[i] = 0;
+      a.residual[i] = kept == Kept::kZero ? 0.0f : acc - to_float(BFloat16{wire_bfloat16(acc)});
     }
   }
   result.gradient_sq += static_cast<float>(gradient_sq);

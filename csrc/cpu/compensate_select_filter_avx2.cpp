@@ -13,13 +13,25 @@ inline __m256 load_gradient(const BFloat16* g) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(g))), 16));
 }
 
+// acc - wire_bfloat16(acc) of finite acc (float_types.h).
+inline __m256 lost_by_bfloat16(__m256 acc) {
+  const __m256i bits = _mm256_castps_si256(acc);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_and_si256(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))),
+                                     _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u)));
+  const __m256i too_large =
+      _mm256_cmpeq_epi32(_mm256_and_si256(rounded, _mm256_set1_epi32(0x7fffffff)), _mm256_set1_epi32(static_cast<int32_t>(kInfinityKey)));
+  rounded = _mm256_sub_epi32(rounded, _mm256_and_si256(too_large, _mm256_set1_epi32(0x10000)));
+  return _mm256_sub_ps(acc, _mm256_castsi256_ps(rounded));
+}
+
 inline float sum_lanes(__m256 x) {
   alignas(32) float lane[kLanes];
   _mm256_store_ps(lane, x);
   return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
 }
 
-template <typename gradient_t, FilterSource source>
+template <typename gradient_t, FilterSource source, Kept kept_of_candidates>
 struct Avx2 {
   static FilterResult run(const FilterArguments& a) {
     const auto* gradient = static_cast<const gradient_t*>(a.gradient);
@@ -63,6 +75,8 @@ struct Avx2 {
         const auto mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(candidate[j])));
         __m256 kept = _mm256_andnot_ps(_mm256_castsi256_ps(candidate[j]), acc[j]);
         residual_sq[j & 1] = _mm256_add_ps(residual_sq[j & 1], _mm256_mul_ps(kept, kept));
+        if constexpr (kept_of_candidates == Kept::kLostByBFloat16)
+          kept = _mm256_blendv_ps(kept, lost_by_bfloat16(acc[j]), _mm256_castsi256_ps(candidate[j]));
         const __m256i non_finite = _mm256_cmpgt_epi32(key[j], largest_finite);
         const auto non_finite_mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(non_finite)));
         if (non_finite_mask != 0) [[unlikely]] {
@@ -79,7 +93,7 @@ struct Avx2 {
     }
     result.gradient_sq = sum_lanes(_mm256_add_ps(gradient_sq[0], gradient_sq[1]));
     result.residual_sq = sum_lanes(_mm256_add_ps(residual_sq[0], residual_sq[1]));
-    filter_scalar<gradient_t, source>(a, i, result);
+    filter_scalar<gradient_t, source, kept_of_candidates>(a, i, result);
     return result;
   }
 };

@@ -37,6 +37,18 @@ inline __m512 load_gradient(const BFloat16* g) {
 }
 #endif
 
+// acc - wire_bfloat16(acc) of finite acc (float_types.h).
+inline __m512 lost_by_bfloat16(__m512 acc) {
+  const __m512i bits = _mm512_castps_si512(acc);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_and_si512(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))),
+                                     _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u)));
+  const __mmask16 too_large = _mm512_cmpeq_epi32_mask(_mm512_and_si512(rounded, _mm512_set1_epi32(0x7fffffff)),
+                                                      _mm512_set1_epi32(static_cast<int32_t>(kInfinityKey)));
+  rounded = _mm512_mask_sub_epi32(rounded, too_large, rounded, _mm512_set1_epi32(0x10000));
+  return _mm512_sub_ps(acc, _mm512_castsi512_ps(rounded));
+}
+
 inline float sum_lanes(__m512 x) {
   alignas(64) float lane[kLanes];
   _mm512_storeu_ps(lane, x);
@@ -45,7 +57,7 @@ inline float sum_lanes(__m512 x) {
   return lane[0];
 }
 
-template <typename gradient_t, FilterSource source>
+template <typename gradient_t, FilterSource source, Kept kept_of_candidates>
 struct Avx512 {
   static FilterResult run(const FilterArguments& a) {
     const auto* gradient = static_cast<const gradient_t*>(a.gradient);
@@ -90,6 +102,7 @@ struct Avx512 {
         const int64_t at = i + j * kLanes;
         __m512 kept = _mm512_mask_mov_ps(acc[j], candidate[j], _mm512_setzero_ps());
         residual_sq[j & 1] = _mm512_add_ps(residual_sq[j & 1], _mm512_mul_ps(kept, kept));
+        if constexpr (kept_of_candidates == Kept::kLostByBFloat16) kept = _mm512_mask_mov_ps(kept, candidate[j], lost_by_bfloat16(acc[j]));
         const __mmask16 non_finite = _mm512_cmpgt_epi32_mask(key[j], largest_finite);
         if (non_finite != 0) [[unlikely]] {
           result.non_finite += __builtin_popcount(non_finite);
@@ -105,7 +118,7 @@ struct Avx512 {
     }
     result.gradient_sq = sum_lanes(_mm512_add_ps(gradient_sq[0], gradient_sq[1]));
     result.residual_sq = sum_lanes(_mm512_add_ps(residual_sq[0], residual_sq[1]));
-    filter_scalar<gradient_t, source>(a, i, result);
+    filter_scalar<gradient_t, source, kept_of_candidates>(a, i, result);
     return result;
   }
 };

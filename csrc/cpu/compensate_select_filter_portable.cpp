@@ -3,11 +3,11 @@
 namespace compressed_ddp {
 namespace {
 
-template <typename gradient_t, FilterSource source>
+template <typename gradient_t, FilterSource source, Kept kept>
 struct Portable {
   static FilterResult run(const FilterArguments& a) {
     FilterResult result;
-    filter_scalar<gradient_t, source>(a, 0, result);
+    filter_scalar<gradient_t, source, kept>(a, 0, result);
     return result;
   }
 };

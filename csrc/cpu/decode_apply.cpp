@@ -83,14 +83,14 @@ float scale_and_store(float* sums, int64_t numel, float scale, gradient_t* out, 
 
 template <typename gradient_t>
 bool decode_apply_typed(const Layout& layout, const DecodeApplyArguments& a, int64_t begin, int64_t end) {
-  const int64_t stride_bytes = payload_bytes(layout);
+  const PayloadSections sections = payload_sections(layout);
   const float scale = 1.0f / static_cast<float>(a.world_size);
   const bool stream = layout.numel * static_cast<int64_t>(sizeof(gradient_t)) >= kStreamBytes;
   auto* bucket = static_cast<gradient_t*>(a.bucket);
 
   std::vector<int64_t> cursor(static_cast<size_t>(a.world_size)); // next entry of each rank
   for (int64_t rank = 0; rank < a.world_size; ++rank) {
-    const int32_t* indices = payload_indices(layout, a.gathered + rank * stride_bytes);
+    const int32_t* indices = a.entries.indices.data() + rank * layout.selected_numel;
     cursor[static_cast<size_t>(rank)] = std::lower_bound(indices, indices + layout.selected_numel, begin * kTileNumel) - indices;
   }
   std::vector<const Segment*> dense; // segments from the first tile on
@@ -107,13 +107,12 @@ bool decode_apply_typed(const Layout& layout, const DecodeApplyArguments& a, int
     const int64_t tile_end = std::min(tile_begin + kTileNumel, layout.numel);
     while (first_dense < dense.size() && dense[first_dense]->offset + dense[first_dense]->numel <= tile_begin) ++first_dense;
     for (int64_t rank = 0; rank < a.world_size; ++rank) {
-      const uint8_t* payload = a.gathered + rank * stride_bytes;
-      const int32_t* indices = payload_indices(layout, payload);
-      const float* values = payload_values(layout, payload);
+      const int32_t* indices = a.entries.indices.data() + rank * layout.selected_numel;
+      const float* values = a.entries.values.data() + rank * layout.selected_numel;
       int64_t entry = cursor[static_cast<size_t>(rank)];
       for (; entry < layout.selected_numel && indices[entry] < tile_end; ++entry) sums[indices[entry] - tile_begin] += values[entry];
       cursor[static_cast<size_t>(rank)] = entry;
-      const float* dense_values = payload_dense(layout, payload);
+      const auto* dense_values = reinterpret_cast<const float*>(a.gathered + rank * sections.payload_bytes + sections.dense);
       for (size_t s = first_dense; s < dense.size() && dense[s]->offset < tile_end; ++s) {
         const int64_t from = std::max(dense[s]->offset, tile_begin);
         const int64_t to = std::min(dense[s]->offset + dense[s]->numel, tile_end);
@@ -130,15 +129,6 @@ bool decode_apply_typed(const Layout& layout, const DecodeApplyArguments& a, int
 }
 
 } // namespace
-
-std::string check_gathered(const Layout& layout, const uint8_t* gathered, int64_t world_size, int64_t step) {
-  for (int64_t rank = 0; rank < world_size; ++rank) {
-    const std::string problem = check_payload(layout, gathered + rank * payload_bytes(layout), static_cast<uint32_t>(rank),
-                                              static_cast<uint32_t>(world_size), step);
-    if (!problem.empty()) return "the payload of rank " + std::to_string(rank) + " is not what this rank expects (" + problem + ")";
-  }
-  return {};
-}
 
 bool any_non_finite(const Layout& layout, const uint8_t* gathered, int64_t world_size) {
   for (int64_t rank = 0; rank < world_size; ++rank)

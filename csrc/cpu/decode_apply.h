@@ -14,20 +14,18 @@
 #include <atomic>
 #include <string>
 
-#include "../wire_format.h"
+#include "decode.h"
 #include "float_types.h"
 
 namespace compressed_ddp {
 
 struct DecodeApplyArguments {
-  const uint8_t* gathered; // [world_size, payload_bytes(layout)], checked by check_gathered
+  const uint8_t* gathered; // [world_size, payload_bytes(layout)]
+  const Entries& entries;  // of it, from decode
   int64_t world_size;
   void* bucket; // [numel] of `type`, written
   GradientType type;
 };
-
-// Checks every payload (wire_format.h: check_payload). Empty, or one line that names the rank and the field.
-std::string check_gathered(const Layout& layout, const uint8_t* gathered, int64_t world_size, int64_t step);
 
 // True when some rank flagged a non-finite entry.
 bool any_non_finite(const Layout& layout, const uint8_t* gathered, int64_t world_size);
@@ -40,7 +38,7 @@ bool decode_apply_tiles(const Layout& layout, const DecodeApplyArguments& argume
 // bucket = NaN everywhere.
 void fill_nan(const Layout& layout, void* bucket, GradientType type);
 
-// After check_gathered. parallel_for as in compensate_select.h. Returns whether the bucket holds a non-finite result.
+// parallel_for as in compensate_select.h. Returns whether the bucket holds a non-finite result.
 template <typename ParallelFor>
 bool decode_apply(const Layout& layout, const DecodeApplyArguments& arguments, ParallelFor&& parallel_for) {
   if (any_non_finite(layout, arguments.gathered, arguments.world_size)) {

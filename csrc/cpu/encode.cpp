@@ -1,7 +1,10 @@
 #include "encode.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
+
+#include "value_format.h"
 
 namespace compressed_ddp {
 namespace {
@@ -37,7 +40,7 @@ EncodeStatistics copy_dense(const Layout& layout, const gradient_t* gradient, co
 } // namespace
 
 EncodeStatistics encode_dense(const Layout& layout, const void* gradient, GradientType type, const uint8_t* unused, uint8_t* payload) {
-  float* dense = reinterpret_cast<float*>(payload + dense_offset_bytes(layout));
+  float* dense = reinterpret_cast<float*>(payload + payload_sections(layout).dense);
   switch (type) {
     case GradientType::kFloat32:
       return copy_dense(layout, static_cast<const float*>(gradient), unused, dense);
@@ -48,18 +51,39 @@ EncodeStatistics encode_dense(const Layout& layout, const void* gradient, Gradie
   }
 }
 
-void encode_selected(const Layout& layout, const float* values, const int32_t* indices, uint8_t* payload) {
-  const auto num_bytes = static_cast<size_t>(layout.selected_numel) * 4;
-  if (num_bytes == 0) return;
-  std::memcpy(payload + indices_offset_bytes(), indices, num_bytes);
-  std::memcpy(payload + values_offset_bytes(layout), values, num_bytes);
+void encode_scales(const Layout& layout, const EncodeSelectedArguments& a, int64_t begin, int64_t end) {
+  auto* scales = reinterpret_cast<float*>(a.payload + payload_sections(layout).scales);
+  for (int64_t g = begin; g < end; ++g) {
+    const Group& group = layout.groups[static_cast<size_t>(g)];
+    scales[g] = a.non_finite ? 0.0f : sign_scale(a.values + group.entry_offset, group.k);
+  }
+}
+
+double encode_piece(const Layout& layout, const EncodeSelectedArguments& a, int64_t index) {
+  const PayloadSections sections = payload_sections(layout);
+  const Piece piece = piece_of(layout, index);
+  encode_indices(sections, a.indices, piece, a.payload);
+  alignas(64) float lost[kPieceNumel];
+  encode_values(layout, sections, a.values, piece, a.payload, lost);
+  if (layout.value_format == ValueFormat::kFloat32) return 0;
+  double lost_sq = 0;
+  for (int64_t i = 0; i < piece.end - piece.begin; ++i) lost_sq += static_cast<double>(lost[i]) * lost[i];
+  if (a.residuals == nullptr) return lost_sq;
+  auto segment = std::upper_bound(layout.segments.begin(), layout.segments.end(), int64_t{a.indices[piece.begin]},
+                                  [](int64_t i, const Segment& s) { return i < s.offset; }) -
+                 1; // of segments that begin there, the last: those before are empty
+  for (int64_t e = piece.begin; e < piece.end; ++e) {
+    while (a.indices[e] >= segment->offset + segment->numel) ++segment;
+    float& residual = a.residuals[segment - layout.segments.begin()][a.indices[e] - segment->offset];
+    if (lost[e - piece.begin] != 0) residual += lost[e - piece.begin];
+  }
+  return lost_sq;
 }
 
 void encode_header(const Layout& layout, uint32_t rank, uint32_t world_size, int64_t step, bool non_finite, uint8_t* payload) {
   const PayloadHeader header = make_header(layout, rank, world_size, step, non_finite);
   std::memcpy(payload, &header, sizeof header);
-  const int64_t used_bytes = dense_offset_bytes(layout) + 4 * layout.dense_numel;
-  std::memset(payload + used_bytes, 0, static_cast<size_t>(payload_bytes(layout) - used_bytes));
+  for (const Gap& gap : payload_gaps(layout)) std::memset(payload + gap.begin, 0, static_cast<size_t>(gap.end - gap.begin));
 }
 
 } // namespace compressed_ddp

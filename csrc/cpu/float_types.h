@@ -75,4 +75,13 @@ inline uint32_t selection_key(float value) {
 }
 inline bool is_finite_key(uint32_t key) { return key < kInfinityKey; }
 
+// A value as bf16 on the wire: to nearest, ties to even, but never from finite to Inf; every NaN as 0x7fc0. The difference to a finite
+// value is exact in fp32.
+inline uint16_t wire_bfloat16(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffffu;
+  uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  rounded -= static_cast<uint32_t>(magnitude < kInfinityKey) & static_cast<uint32_t>((rounded & 0x7fffu) == 0x7f80u);
+  return static_cast<uint16_t>(magnitude > kInfinityKey ? kCanonicalNanBits >> 16 : rounded);
+}
+
 } // namespace compressed_ddp

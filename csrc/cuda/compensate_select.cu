@@ -1,6 +1,7 @@
 #include "compensate_select.h"
 
 #include "compensate_select_emit.cuh"
+#include "encode_lost.cuh"
 #include "launch.h"
 
 namespace compressed_ddp::cuda {
@@ -8,18 +9,28 @@ namespace {
 
 void checked_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
+// Small groups alone: no kernel runs before the first entry.
+void clear_bits_without_kernel(const DevicePlan& plan, const SelectArguments& a, cudaStream_t stream) {
+  const auto clear = [&](int64_t offset, int64_t bytes) {
+    if (bytes > 0) check(cudaMemsetAsync(a.payload + offset, 0, static_cast<size_t>(bytes), stream), "clearing the payload's bits");
+  };
+  clear(plan.sections.high, 8 * plan.high_words);
+  if (plan.value_format == ValueFormat::kSign) clear(plan.sections.values, (plan.selected_numel + 31) / 32 * 4);
+}
+
 template <typename gradient_t>
 void enqueue(const DevicePlan& plan, const SelectArguments& a, Method method, cudaStream_t stream) {
   const bool one_pass = plan.num_tiles > 0 && method == Method::kOnePass;
+  if (plan.num_tiles == 0) clear_bits_without_kernel(plan, a, stream);
   if (one_pass) {
-    guess_kernel<gradient_t><<<plan.num_runs, kThreads, 0, stream>>>(plan, a);
+    guess_kernel<gradient_t><<<plan.num_runs + 1, kThreads, 0, stream>>>(plan, a);
     checked_launch("compensate_select_guess");
     filter_kernel<gradient_t, false><<<plan.num_tiles, kThreads, 0, stream>>>(plan, a);
     checked_launch("compensate_select_filter");
     histogram_kernel<gradient_t, true><<<plan.num_runs + plan.num_small_groups, kThreads, 0, stream>>>(plan, a);
     checked_launch("compensate_select_histogram, again");
   } else if (plan.num_tiles > 0) {
-    histogram_kernel<gradient_t, false><<<plan.num_runs, kThreads, 0, stream>>>(plan, a);
+    histogram_kernel<gradient_t, false><<<plan.num_runs + 1, kThreads, 0, stream>>>(plan, a);
     checked_launch("compensate_select_histogram");
   }
   if (!one_pass && plan.num_small_groups > 0) {
@@ -32,8 +43,22 @@ void enqueue(const DevicePlan& plan, const SelectArguments& a, Method method, cu
     refine_kernel<gradient_t><<<plan.num_runs, kThreads, 0, stream>>>(plan, a);
     checked_launch("compensate_select_refine");
   }
-  emit_kernel<gradient_t><<<plan.num_runs + plan.num_dense_tiles + 1, kThreads, 0, stream>>>(plan, a);
+  const int emit_blocks = plan.num_runs + plan.num_dense_tiles + 1;
+  switch (plan.value_format) {
+    case ValueFormat::kFloat32:
+      emit_kernel<gradient_t, ValueFormat::kFloat32><<<emit_blocks, kThreads, 0, stream>>>(plan, a);
+      break;
+    case ValueFormat::kBFloat16:
+      emit_kernel<gradient_t, ValueFormat::kBFloat16><<<emit_blocks, kThreads, 0, stream>>>(plan, a);
+      break;
+    default:
+      emit_kernel<gradient_t, ValueFormat::kSign><<<emit_blocks, kThreads, 0, stream>>>(plan, a);
+  }
   checked_launch("compensate_select_emit");
+  if (plan.value_format == ValueFormat::kSign && a.residuals != nullptr && plan.selected_numel > 0) {
+    encode_lost_kernel<<<static_cast<unsigned>(plan.sections.directory_numel), kThreads, 0, stream>>>(plan, a);
+    checked_launch("encode_lost");
+  }
 }
 
 } // namespace

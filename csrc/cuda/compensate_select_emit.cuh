@@ -53,26 +53,60 @@ __device__ inline Counts look_back(uint64_t* words, int run, bool first_of_group
   return before;
 }
 
-template <typename gradient_t>
+// The selected candidates of a tile, by one warp. `before`: of its group, that lie before the tile.
+template <typename gradient_t, ValueFormat format>
+__device__ __forceinline__ void emit_tile(const DevicePlan& plan, const SelectArguments& a, int t, const GroupState& state,
+                                          int64_t entry_offset, Counts before, unsigned long long* significands) {
+  const Tile tile = plan.tiles[t];
+  const TileSource<gradient_t> source(a, tile);
+  const uint32_t tile_state = plan.tile_states[t], threshold = state.threshold, mid = state.mid;
+  const auto ties = static_cast<uint32_t>(state.ties);
+  const bool deferred = (tile_state & kDeferred) != 0;
+  const bool read_all = (tile_state & kReadAll) != 0 || threshold == 0;
+  const uint32_t below = (1u << (threadIdx.x % 32)) - 1;
+  float sent_sq = 0;
+  for_each_candidate(plan, tile, source, tile_state, read_all, [&](bool valid, int i, float value) {
+    const uint32_t key = key_of(value);
+    const uint32_t above = __ballot_sync(0xffffffffu, valid && key > threshold);
+    const uint32_t equal = __ballot_sync(0xffffffffu, valid && key == threshold);
+    const uint32_t above_before = before.above + __popc(above & below), equal_before = before.equal + __popc(equal & below);
+    const bool selected = valid && (key > threshold || (key == threshold && equal_before < ties));
+    if (selected) {
+      encode_entry<format>(plan, a, entry_offset + above_before + min(equal_before, ties), tile.offset + i, value);
+      if (finite(key)) {
+        sent_sq = __fadd_rn(sent_sq, captured_sq(plan, value));
+        if constexpr (format == ValueFormat::kSign) add_significand(significands, value);
+      }
+    }
+    if (valid && finite(key) && source.residual != nullptr) {
+      const bool zeroed = !read_all && key >= mid;
+      if (deferred || selected != zeroed) source.residual[i] = selected ? left_behind(plan, value) : value;
+    }
+    before.above += __popc(above);
+    before.equal += __popc(equal);
+  });
+  for (int step = 16; step > 0; step /= 2) sent_sq = __fadd_rn(sent_sq, __shfl_xor_sync(0xffffffffu, sent_sq, step));
+  if (threadIdx.x % 32 == 0) plan.sums[3 * int64_t{t} + 2] = sent_sq;
+}
+
+template <typename gradient_t, ValueFormat format>
 __device__ void emit_run(const DevicePlan& plan, const SelectArguments& a, int run_index) {
   __shared__ Counts tile_counts[kWarps];
   __shared__ Counts before_run;
+  __shared__ unsigned long long significands[format == ValueFormat::kSign ? kExponents : 1];
+  static_assert(kExponents == kThreads);
+  if constexpr (format == ValueFormat::kSign) significands[threadIdx.x] = 0;
   const Run run = plan.runs[run_index];
   const GroupState& state = plan.states[run.group];
-  const uint32_t threshold = state.threshold, mid = state.mid;
-  const auto ties = static_cast<uint32_t>(state.ties);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = run.first_tile + warp;
   const bool active = warp < run.num_tiles;
-  const int t = run.first_tile + (active ? warp : 0);
-  const Tile tile = plan.tiles[t];
-  const TileSource<gradient_t> source(a, tile);
-  const uint32_t tile_state = plan.tile_states[t];
-  const bool deferred = (tile_state & kDeferred) != 0;
-  const bool read_all = (tile_state & kReadAll) != 0 || threshold == 0;
 
   Counts counts{0, 0};
   if (active) {
-    for_each_candidate(plan, tile, source, tile_state, read_all, [&](bool valid, int, float value) {
+    const Tile tile = plan.tiles[t];
+    const TileSource<gradient_t> source(a, tile);
+    const uint32_t tile_state = plan.tile_states[t], threshold = state.threshold;
+    for_each_candidate(plan, tile, source, tile_state, (tile_state & kReadAll) != 0 || threshold == 0, [&](bool valid, int, float value) {
       const uint32_t key = key_of(value);
       counts.above += valid && key > threshold;
       counts.equal += valid && key == threshold;
@@ -88,32 +122,16 @@ __device__ void emit_run(const DevicePlan& plan, const SelectArguments& a, int r
     before_run = look_back(plan.look_back, run_index, run.first_of_group != 0, sum);
   }
   __syncthreads();
-  if (!active) return;
-  Counts before = before_run;
-  for (int w = 0; w < warp; ++w) before.above += tile_counts[w].above, before.equal += tile_counts[w].equal;
-
-  const int64_t entry_offset = plan.large_groups[run.group].entry_offset;
-  const uint32_t below = (1u << lane) - 1;
-  float sent_sq = 0;
-  for_each_candidate(plan, tile, source, tile_state, read_all, [&](bool valid, int i, float value) {
-    const uint32_t key = key_of(value);
-    const uint32_t above = __ballot_sync(0xffffffffu, valid && key > threshold);
-    const uint32_t equal = __ballot_sync(0xffffffffu, valid && key == threshold);
-    const uint32_t above_before = before.above + __popc(above & below), equal_before = before.equal + __popc(equal & below);
-    const bool selected = valid && (key > threshold || (key == threshold && equal_before < ties));
-    if (selected) {
-      encode_entry(plan, a, entry_offset + above_before + min(equal_before, ties), tile.offset + i, value);
-      if (finite(key)) sent_sq = __fadd_rn(sent_sq, __fmul_rn(value, value));
-    }
-    if (valid && finite(key) && source.residual != nullptr) {
-      const bool zeroed = !read_all && key >= mid;
-      if (deferred || selected != zeroed) source.residual[i] = selected ? 0.0f : value;
-    }
-    before.above += __popc(above);
-    before.equal += __popc(equal);
-  });
-  for (int step = 16; step > 0; step /= 2) sent_sq = __fadd_rn(sent_sq, __shfl_xor_sync(0xffffffffu, sent_sq, step));
-  if (lane == 0) plan.sums[3 * int64_t{t} + 2] = sent_sq;
+  if (active) {
+    Counts before = before_run;
+    for (int w = 0; w < warp; ++w) before.above += tile_counts[w].above, before.equal += tile_counts[w].equal;
+    emit_tile<gradient_t, format>(plan, a, t, state, plan.large_groups[run.group].entry_offset, before, significands);
+  }
+  if constexpr (format == ValueFormat::kSign) {
+    __syncthreads();
+    if (significands[threadIdx.x] != 0)
+      atomicAdd(&plan.significands[int64_t{run.group} * kExponents + threadIdx.x], significands[threadIdx.x]);
+  }
 }
 
 // Leaves the cleared part of the workspace as it was; the histograms were cleared when they were read.
@@ -123,17 +141,17 @@ __device__ inline void clear_states(const DevicePlan& plan) {
   if (threadIdx.x == 0) plan.step->non_finite = plan.step->next_run = 0; // the ticket has wrapped to 0 by itself
 }
 
-template <typename gradient_t>
+template <typename gradient_t, ValueFormat format>
 __global__ void __launch_bounds__(kThreads) emit_kernel(DevicePlan plan, SelectArguments a) {
   __shared__ int taken;
   if (threadIdx.x == 0) taken = static_cast<int>(atomicAdd(&plan.step->next_run, 1u));
   __syncthreads();
   if (taken < plan.num_runs)
-    emit_run<gradient_t>(plan, a, taken);
+    emit_run<gradient_t, format>(plan, a, taken);
   else if (taken < plan.num_runs + plan.num_dense_tiles)
     encode_dense<gradient_t>(plan, a, taken - plan.num_runs);
   if (!last_block(&plan.step->finished, gridDim.x)) return;
-  encode_header(plan, a);
+  encode_header<format>(plan, a);
   clear_states(plan);
 }
 

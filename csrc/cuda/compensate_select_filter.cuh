@@ -81,12 +81,12 @@ __global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_kernel(DeviceP
     for (int j = 0; j < 4; ++j) {
       const uint32_t key = key_of(acc[r][j]);
       const int i = r * kRowNumel + 4 * static_cast<int>(threadIdx.x) + j;
-      kept[j] = key >= mid ? 0.0f : acc[r][j];
+      kept[j] = key >= mid ? left_behind(plan, acc[r][j]) : acc[r][j];
       if ((candidates >> (4 * r + j) & 1u) == 0) continue;
       if (!read_all) {
         plan.slot_values[at] = acc[r][j];
         plan.slot_indices[at++] = static_cast<uint16_t>(i);
-        if (kAgain && key >= mid && source.residual != nullptr) source.residual[i] = 0.0f;
+        if (kAgain && key >= mid && source.residual != nullptr) source.residual[i] = kept[j];
       }
       if (key >= high)
         ++above;

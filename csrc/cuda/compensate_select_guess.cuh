@@ -5,6 +5,7 @@
 // side, and `mid` at the rank itself. All are bin edges rounded away from the k-th key. A wrong guess costs a second pass, nothing else.
 #pragma once
 
+#include "encode.cuh"
 #include "histogram.cuh"
 #include "ticket.cuh"
 #include "tile.cuh"
@@ -48,6 +49,7 @@ __device__ inline void finish_guess(const LargeGroup& group, GroupState& state, 
 
 template <typename gradient_t>
 __global__ void __launch_bounds__(kThreads) guess_kernel(DevicePlan plan, SelectArguments a) {
+  if (blockIdx.x == plan.num_runs) return clear_bits(plan, a);
   const Run run = plan.runs[blockIdx.x];
   GroupState& state = plan.states[run.group];
   uint32_t* histogram = plan.histograms + int64_t{run.group} * kGroupHistogramBins;

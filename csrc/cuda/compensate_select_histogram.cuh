@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(kThreads, kAgain ? 2 : 3) histogram_kernel(Dev
       return;
     }
   }
+  if (!kAgain && blockIdx.x == plan.num_runs) return clear_bits(plan, a);
   __shared__ uint32_t counts[kHistogramBins];
   const Run run = plan.runs[blockIdx.x];
   GroupState& state = plan.states[run.group];

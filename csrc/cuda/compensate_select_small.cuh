@@ -40,6 +40,9 @@ __device__ inline Threshold block_threshold(const uint32_t (&keys)[kRows][4], ui
 template <typename gradient_t>
 __device__ void select_small(const DevicePlan& plan, const SelectArguments& a, int index) {
   __shared__ BlockOrder order;
+  __shared__ unsigned long long significands[kExponents];
+  const bool with_scale = plan.value_format == ValueFormat::kSign;
+  if (with_scale) significands[threadIdx.x] = 0; // block_threshold's barriers follow
   const SmallGroup group = plan.small_groups[index];
   const TileSource<gradient_t> source(a, group.offset, 0, group.segment, group.numel);
   float acc[kRows][4], gradient_sq = 0, acc_sq = 0, sent_sq = 0;
@@ -63,21 +66,27 @@ __device__ void select_small(const DevicePlan& plan, const SelectArguments& a, i
       if (keys[r][j] == threshold.key) equal |= bit;
     }
   order_block(above, equal, order);
+#pragma unroll // so that acc and keys stay in registers
   for (int r = 0; r < kRows; ++r) {
     const uint32_t before_warp = order.before[r][threadIdx.x / 32];
     uint32_t before_above = (before_warp & 0xffffu) + before_thread(above, r);
     uint32_t before_equal = (before_warp >> 16) + before_thread(equal, r);
     float kept[4];
     bool any_odd = false;
+#pragma unroll
     for (int j = 0; j < 4; ++j) {
       const uint32_t bit = 1u << (4 * r + j);
       const bool selected = (above & bit) != 0 || ((equal & bit) != 0 && before_equal < threshold.ties);
-      kept[j] = selected ? 0.0f : acc[r][j];
+      kept[j] = selected ? left_behind(plan, acc[r][j]) : acc[r][j];
       any_odd |= !finite(keys[r][j]);
       if (selected) {
         const int64_t index_in_bucket = group.offset + r * kRowNumel + 4 * static_cast<int>(threadIdx.x) + j;
-        encode_entry(plan, a, group.entry_offset + before_above + min(before_equal, threshold.ties), index_in_bucket, acc[r][j]);
-        if (finite(keys[r][j])) sent_sq = __fadd_rn(sent_sq, __fmul_rn(acc[r][j], acc[r][j]));
+        encode_entry_of_any_format(plan, a, group.entry_offset + before_above + min(before_equal, threshold.ties), index_in_bucket,
+                                   acc[r][j]);
+        if (finite(keys[r][j])) {
+          sent_sq = __fadd_rn(sent_sq, captured_sq(plan, acc[r][j]));
+          if (with_scale) add_significand(significands, acc[r][j]);
+        }
       }
       before_above += (above & bit) != 0;
       before_equal += (equal & bit) != 0;
@@ -92,6 +101,10 @@ __device__ void select_small(const DevicePlan& plan, const SelectArguments& a, i
   }
   odd = __syncthreads_or(odd);
   const Sums<float, 3> squares = block_sums<float, 3>({gradient_sq, acc_sq, sent_sq});
+  if (with_scale && threadIdx.x < 32) {
+    const float scale = sign_scale(significands, plan.group_ranges[group.group].inverse_k);
+    if (threadIdx.x == 0) reinterpret_cast<float*>(a.payload + plan.sections.scales)[group.group] = scale;
+  }
   if (threadIdx.x == 0) {
     if (odd) atomicOr(&plan.step->non_finite, 1u);
     float* sums = plan.sums + 3 * int64_t{plan.num_tiles + index};

@@ -3,13 +3,16 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "elias_fano.cuh"
 #include "launch.h"
 
 namespace compressed_ddp::cuda {
 namespace {
 
 constexpr int kDecodeTileNumel = 8192; // 32 KiB of sums: six blocks per multiprocessor of sm_90, and few searches per entry
-constexpr int kRanksAtOnce = kThreads / 2;
+constexpr int kTileHighs = kDecodeTileNumel >> kLowBits;
+static_assert(kTileHighs << kLowBits == kDecodeTileNumel, "a tile begins where a value of index >> 8 begins");
+constexpr int kRanksAtOnce = kThreads;
 
 __device__ __forceinline__ uint32_t key_of(float value) { return __float_as_uint(value) & 0x7fffffffu; }
 
@@ -19,17 +22,8 @@ __device__ __forceinline__ uint16_t round_to(float value, BFloat16*) { return __
 
 // ---- one payload
 
-struct PayloadView {
-  const int32_t* indices;
-  const float* values;
-  const float* dense;
-};
-
 __device__ __forceinline__ PayloadView payload_of(const DevicePlan& plan, const DecodeArguments& a, int rank) {
-  const uint8_t* words = a.gathered + rank * a.expected.payload_bytes + sizeof(PayloadHeader);
-  const auto* indices = reinterpret_cast<const int32_t*>(words);
-  const auto* values = reinterpret_cast<const float*>(words) + plan.selected_numel;
-  return {indices, values, values + plan.selected_numel};
+  return payload_view(plan, a.gathered + rank * a.expected.payload_bytes);
 }
 
 __device__ __forceinline__ const PayloadHeader& header_of(const DecodeArguments& a, int rank) {
@@ -38,24 +32,10 @@ __device__ __forceinline__ const PayloadHeader& header_of(const DecodeArguments&
 
 __device__ inline bool header_is_right(const PayloadHeader& got, const PayloadHeader& expected, int rank) {
   return got.magic == expected.magic && got.version == expected.version && (got.flags & ~kFlagNonFinite) == 0 &&
-         got.rank == static_cast<uint32_t>(rank) && got.world_size == expected.world_size && got.layout_hash == expected.layout_hash &&
-         got.step == expected.step && got.numel == expected.numel && got.selected_numel == expected.selected_numel &&
-         got.dense_numel == expected.dense_numel && got.payload_bytes == expected.payload_bytes;
-}
-
-// The first of the entries whose index is at least `index`; of any bytes, a position in [0, count].
-__device__ __forceinline__ int64_t lower_bound(const int32_t* indices, int64_t count, int64_t index) {
-  int64_t begin = 0;
-  while (count > 0) {
-    const int64_t half = count / 2;
-    if (indices[begin + half] < index) {
-      begin += half + 1;
-      count -= half + 1;
-    } else {
-      count = half;
-    }
-  }
-  return begin;
+         got.value_format == expected.value_format && got.rank == static_cast<uint32_t>(rank) && got.world_size == expected.world_size &&
+         got.layout_hash == expected.layout_hash && got.step == expected.step && got.numel == expected.numel &&
+         got.selected_numel == expected.selected_numel && got.dense_numel == expected.dense_numel &&
+         got.payload_bytes == expected.payload_bytes;
 }
 
 // Lowest rank wins, whatever the order of blocks; 0 means none.
@@ -68,43 +48,85 @@ __device__ __forceinline__ void report(DecodeStatus* status, int rank) {
 
 // ---- checks that are not part of any tile: headers, and that every group's entries lie in the group
 
-__device__ void check_payloads(const DevicePlan& plan, const DecodeArguments& a) {
-  for (int rank = 0; rank < a.world_size; ++rank) {
-    const PayloadView payload = payload_of(plan, a, rank);
-    bool right = true;
-    if (threadIdx.x == 0) {
-      right = header_is_right(header_of(a, rank), a.expected, rank);
-      if ((header_of(a, rank).flags & kFlagNonFinite) != 0) atomicOr(&a.status->step_is_bad, 1u);
-    }
-    for (int g = threadIdx.x; g < plan.num_groups; g += kThreads) {
-      const GroupRange range = plan.group_ranges[g];
-      right = right && payload.indices[range.entry_offset] >= range.first_index &&
-              payload.indices[range.entry_offset + range.k - 1] <= range.last_index;
-    }
-    if (!right) report(a.status, rank);
+// Block `block` looks at kThreads groups of one rank.
+__device__ void check_payload(const DevicePlan& plan, const DecodeArguments& a, int block) {
+  const int rank = block % a.world_size, g = block / a.world_size * kThreads + static_cast<int>(threadIdx.x);
+  const PayloadView payload = payload_of(plan, a, rank);
+  bool right = true;
+  if (block < a.world_size && threadIdx.x == 0) {
+    right = header_is_right(header_of(a, rank), a.expected, rank);
+    if ((header_of(a, rank).flags & kFlagNonFinite) != 0) atomicOr(&a.status->step_is_bad, 1u);
   }
+  if (g < plan.num_groups) {
+    const GroupRange range = plan.group_ranges[g];
+    right = right && index_of(plan, payload, range.entry_offset) >= range.first_index &&
+            index_of(plan, payload, range.entry_offset + range.k - 1) <= range.last_index;
+  }
+  if (!right) report(a.status, rank);
+}
+__host__ __device__ inline int num_check_blocks(int num_groups, int world_size) {
+  return world_size * (num_groups > kThreads ? (num_groups + kThreads - 1) / kThreads : 1);
 }
 
 // ---- a tile
 
-// Entries [begin, end) of one rank, added to the tile; by all threads, with at least one barrier, which orders the ranks. Both ends
-// were found by search in bytes that nobody has checked; the neighbouring tiles find the same ends, so if every tile's entries ascend
-// inside the tile, all of the payload does. Nothing is added before all of a round is known to ascend: two threads never meet in one sum.
-__device__ bool add_entries(const PayloadView& payload, int64_t begin, int64_t end, int64_t tile_begin, int tile_numel, float* sums) {
-  const int64_t tile_end = tile_begin + tile_numel;
-  int64_t first = begin;
-  do {
-    const int64_t entry = first + threadIdx.x;
-    const bool valid = entry < end;
-    const int64_t index = valid ? payload.indices[entry] : tile_end;
-    int64_t next = __shfl_down_sync(0xffffffffu, index, 1);
-    if (threadIdx.x % 32 == 31) next = entry + 1 < end ? payload.indices[entry + 1] : tile_end;
-    const bool wrong = begin > end || (valid && (index < tile_begin || index >= next || next > tile_end));
+// Bits [begin, end) of one rank's high bits are its entries of a tile. Found by search in bytes that nobody has checked; what makes sure of
+// the whole payload is that every tile checks its part: that its entries ascend, that the directory says the same of every 256th, and
+// that the directory's next one lies behind the tile, so that the count goes on where the next tile begins to count.
+struct TileBits {
+  int64_t begin, end;
+};
+
+__device__ inline TileBits bits_of_tile(const DevicePlan& plan, const PayloadView& payload, int64_t first_high, bool& right) {
+  const int64_t begin = find_high(plan, payload, first_high);
+  const int64_t end = skip_to_high(plan, payload, begin, first_high, first_high + kTileHighs);
+  const int64_t first_entry = begin - first_high, end_entry = end - first_high - kTileHighs;
+  const int64_t next = (end_entry + kDirectoryStride - 1) / kDirectoryStride;
+  const bool last_tile = (first_high + kTileHighs) << kLowBits >= plan.numel;
+  right = first_entry <= plan.selected_numel && end_entry <= plan.selected_numel && (!last_tile || end_entry == plan.selected_numel) &&
+          (next >= plan.sections.directory_numel || payload.directory[next] >= first_high + kTileHighs);
+  return {begin, end};
+}
+
+// Adds these entries to the tile; by all threads, a thread per bit, with at least one barrier, which orders the ranks. Nothing is added
+// before all of a round is known to be right: two threads never meet in one sum.
+template <ValueFormat format>
+__device__ bool add_entries(const DevicePlan& plan, const PayloadView& payload, TileBits bits, GroupSearch groups, int64_t first_high,
+                            int tile_numel, float* sums) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int64_t entry = bits.begin - first_high; // of the first bit of a round
+  uint32_t last_word = 0;                  // of the round before: its last bit may be the entry before ours
+  for (int64_t word_index = bits.begin / 32;; word_index += kWarps) {
+    const bool is_last = (word_index + kWarps) * 32 >= bits.end;
+    uint32_t word = 0;
+    const bool has_bits = (word_index + warp) * 32 < bits.end;
+    if ((lane <= warp && has_bits) || (lane < kWarps && !is_last)) { // what lies before, to count it; all, if another round follows
+      const int64_t first_bit = (word_index + lane) * 32;
+      if (first_bit < bits.end && word_index + lane < 2 * plan.high_words) word = payload.high[word_index + lane];
+      if (first_bit < bits.begin) word &= ~0u << (bits.begin - first_bit);
+      if (first_bit < bits.end && bits.end - first_bit < 32) word &= (1u << (bits.end - first_bit)) - 1;
+    }
+    const int count = __popc(word);
+    const int before = static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(lane < warp ? count : 0)));
+    const uint32_t mine = __shfl_sync(0xffffffffu, word, warp);
+    const uint32_t left = __shfl_sync(0xffffffffu, word, (warp + 31) % 32); // the word to the left, but for the first warp
+    const int64_t here = entry + before + __popc(mine & ((1u << lane) - 1));
+    const bool valid = (mine >> lane & 1u) != 0 && here < plan.selected_numel;
+    const int64_t high = (word_index + warp) * 32 + lane - here;
+    const int low = valid ? payload.low[here] : 0;
+    const float value = valid ? decoded_value<format>(plan, payload, here, groups) : 0.0f;
+    int low_before = __shfl_up_sync(0xffffffffu, low, 1);
+    const uint32_t bit_before = lane > 0 ? mine >> (lane - 1) & 1u : (warp > 0 ? left : last_word) >> 31;
+    if (valid && lane == 0 && bit_before != 0) low_before = payload.low[here - 1];
+    const auto index = static_cast<int>((high - first_high) << kLowBits) + low; // in the tile
+    const bool wrong = ((mine >> lane & 1u) != 0 && !valid) || (valid && (index >= tile_numel || (bit_before != 0 && low <= low_before))) ||
+                       (valid && here % kDirectoryStride == 0 && payload.directory[here / kDirectoryStride] != high);
     if (__syncthreads_or(wrong)) return false; // the result is NaN anyway
-    if (valid) sums[index - tile_begin] = __fadd_rn(sums[index - tile_begin], payload.values[entry]);
-    first += kThreads;
-  } while (first < end);
-  return true;
+    if (valid) sums[index] = __fadd_rn(sums[index], value);
+    if (is_last) return true;
+    last_word = __shfl_sync(0xffffffffu, word, kWarps - 1);
+    entry += static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(count)));
+  }
 }
 
 __device__ void add_dense(const DevicePlan& plan, const PayloadView& payload, int first_tile, int64_t tile_begin, int64_t tile_end,
@@ -133,6 +155,25 @@ __device__ inline int first_dense_tile(const DevicePlan& plan, int64_t index) {
   return begin;
 }
 
+// The groups whose span meets the tile.
+__device__ inline GroupSearch groups_of_tile(const DevicePlan& plan, int64_t tile_begin, int64_t tile_end) {
+  GroupSearch groups{0, plan.num_groups};
+  if (plan.value_format != ValueFormat::kSign) return groups; // nobody asks
+  for (int count = plan.num_groups; count > 0;) {             // the first that ends in the tile or behind
+    const int half = count / 2;
+    if (plan.group_ranges[groups.begin + half].last_index < tile_begin) {
+      groups.begin += half + 1;
+      count -= half + 1;
+    } else {
+      count = half;
+    }
+  }
+  groups.end = groups.begin;
+  while (groups.end < plan.num_groups && plan.group_ranges[groups.end].first_index < tile_end) ++groups.end;
+  groups.begin = min(groups.begin, plan.num_groups - 1); // none: an entry here is somebody's mistake, and its scale does not matter
+  return groups;
+}
+
 template <typename gradient_t>
 __device__ bool scale_and_store(const DecodeArguments& a, const float* sums, int64_t tile_begin, int numel) {
   using stored_t = decltype(round_to(0.0f, static_cast<gradient_t*>(nullptr)));
@@ -147,12 +188,15 @@ __device__ bool scale_and_store(const DecodeArguments& a, const float* sums, int
       is_finite = is_finite && (result & 0x7fffu) < (std::is_same_v<gradient_t, Float16> ? 0x7c00u : 0x7f80u);
     return result;
   };
-  struct alignas(4 * sizeof(stored_t)) Four {
-    stored_t value[4];
-  };
   int i = 4 * static_cast<int>(threadIdx.x);
-  if (reinterpret_cast<uintptr_t>(out) % sizeof(Four) == 0) {
-    for (; i + 4 <= numel; i += 4 * kThreads) *reinterpret_cast<Four*>(out + i) = {{one(i), one(i + 1), one(i + 2), one(i + 3)}};
+  if (reinterpret_cast<uintptr_t>(out) % (4 * sizeof(stored_t)) == 0) {
+    for (; i + 4 <= numel; i += 4 * kThreads) {
+      const stored_t four[4] = {one(i), one(i + 1), one(i + 2), one(i + 3)};
+      if constexpr (sizeof(stored_t) == 4)
+        __stwb(reinterpret_cast<float4*>(out + i), make_float4(four[0], four[1], four[2], four[3])); // an assignment is taken apart
+      else
+        __stwb(reinterpret_cast<ushort4*>(out + i), make_ushort4(four[0], four[1], four[2], four[3]));
+    }
     for (int j = i; j < min(i + 4, numel); ++j) out[j] = one(j);
   } else {
     for (i = threadIdx.x; i < numel; i += kThreads) out[i] = one(i);
@@ -160,35 +204,40 @@ __device__ bool scale_and_store(const DecodeArguments& a, const float* sums, int
   return is_finite;
 }
 
-template <typename gradient_t>
-__global__ void __launch_bounds__(kThreads) decode_apply_kernel(DevicePlan plan, DecodeArguments a) {
+template <typename gradient_t, ValueFormat format>
+__global__ void __launch_bounds__(kThreads) decode_apply_kernel(DevicePlan plan, DecodeArguments a, int num_check_blocks) {
   __shared__ float sums[kDecodeTileNumel];
-  __shared__ int64_t begins[kRanksAtOnce], ends[kRanksAtOnce];
+  __shared__ TileBits bits[kRanksAtOnce];
+  __shared__ bool is_right[kRanksAtOnce];
   __shared__ int first_dense;
-  if (blockIdx.x == gridDim.x - 1) {
-    check_payloads(plan, a);
+  __shared__ GroupSearch groups;
+  if (blockIdx.x < num_check_blocks) {
+    check_payload(plan, a, static_cast<int>(blockIdx.x));
     return;
   }
-  const int64_t tile_begin = int64_t{blockIdx.x} * kDecodeTileNumel;
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) - num_check_blocks;
+  const int64_t tile_begin = tile * kDecodeTileNumel, first_high = tile * kTileHighs;
   const int64_t tile_end = min(tile_begin + kDecodeTileNumel, plan.numel);
   const auto numel = static_cast<int>(tile_end - tile_begin);
   for (int i = threadIdx.x; i < kDecodeTileNumel; i += kThreads) sums[i] = 0;
   if (threadIdx.x == 0) first_dense = first_dense_tile(plan, tile_begin);
+  if (threadIdx.x == 32) groups = groups_of_tile(plan, tile_begin, tile_end);
   for (int first = 0; first < a.world_size; first += kRanksAtOnce) {
     const int count = min(kRanksAtOnce, a.world_size - first);
-    __syncthreads(); // the ends of the ranks before are no longer needed
-    if (threadIdx.x % kRanksAtOnce < count) {
-      const PayloadView payload = payload_of(plan, a, first + static_cast<int>(threadIdx.x) % kRanksAtOnce);
-      const bool is_end = threadIdx.x >= kRanksAtOnce;
-      (is_end ? ends : begins)[threadIdx.x % kRanksAtOnce] =
-          lower_bound(payload.indices, plan.selected_numel, is_end ? tile_end : tile_begin);
+    if (first > 0) __syncthreads(); // the places of the ranks before are no longer needed
+    if (threadIdx.x < count && plan.selected_numel > 0) {
+      bool right = true;
+      bits[threadIdx.x] = bits_of_tile(plan, payload_of(plan, a, first + static_cast<int>(threadIdx.x)), first_high, right);
+      is_right[threadIdx.x] = right;
     }
     __syncthreads();
     const bool any_dense = first_dense < plan.num_dense_tiles && plan.dense_tiles[first_dense].offset < tile_end;
     for (int r = 0; r < count; ++r) { // rank order
       const PayloadView payload = payload_of(plan, a, first + r);
-      const bool right = add_entries(payload, begins[r], ends[r], tile_begin, numel, sums);
-      if (!right && threadIdx.x == 0) report(a.status, first + r);
+      if (plan.selected_numel > 0) {
+        const bool right = is_right[r] && add_entries<format>(plan, payload, bits[r], groups, first_high, numel, sums);
+        if (!right && threadIdx.x == 0) report(a.status, first + r);
+      }
       if (!any_dense) continue;
       __syncthreads(); // an entry may lie in a dense segment, if somebody wants to do harm
       add_dense(plan, payload, first_dense, tile_begin, tile_end, sums);
@@ -218,7 +267,18 @@ __global__ void __launch_bounds__(kThreads) decode_apply_nan_kernel(DevicePlan p
 template <typename gradient_t>
 void enqueue(const DevicePlan& plan, const DecodeArguments& a, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>((plan.numel + kDecodeTileNumel - 1) / kDecodeTileNumel);
-  decode_apply_kernel<gradient_t><<<tiles + 1, kThreads, 0, stream>>>(plan, a);
+  const int checks = num_check_blocks(plan.num_groups, a.world_size);
+  const unsigned blocks = tiles + static_cast<unsigned>(checks);
+  switch (plan.value_format) {
+    case ValueFormat::kFloat32:
+      decode_apply_kernel<gradient_t, ValueFormat::kFloat32><<<blocks, kThreads, 0, stream>>>(plan, a, checks);
+      break;
+    case ValueFormat::kBFloat16:
+      decode_apply_kernel<gradient_t, ValueFormat::kBFloat16><<<blocks, kThreads, 0, stream>>>(plan, a, checks);
+      break;
+    default:
+      decode_apply_kernel<gradient_t, ValueFormat::kSign><<<blocks, kThreads, 0, stream>>>(plan, a, checks);
+  }
   check(cudaGetLastError(), "decode_apply");
   decode_apply_nan_kernel<gradient_t><<<min(tiles + 1, 512u), kThreads, 0, stream>>>(plan, a);
   check(cudaGetLastError(), "decode_apply_nan");

@@ -26,7 +26,6 @@ constexpr int64_t kMaxSlotNumel = kTileNumel / 2;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// Calls function(bytes, pointer member) for every table; the order is the order in memory.
 struct Offsets {
   int64_t at = 0;
   int64_t next(int64_t bytes) {
@@ -41,6 +40,7 @@ int64_t bytes_of(const std::vector<T>& table) {
   return static_cast<int64_t>(table.size() * sizeof(T));
 }
 
+// Calls function(table) for every table; the order is the order in memory.
 template <typename Plan, typename Function>
 void for_each_table(Plan& plan, Function&& function) {
   function(plan.tiles);
@@ -53,7 +53,7 @@ void for_each_table(Plan& plan, Function&& function) {
 }
 
 struct Workspace {
-  int64_t states, step, look_back, histograms, cleared, tile_states, sums, slot_values, slot_indices, total;
+  int64_t states, step, look_back, histograms, significands, cleared, tile_states, sums, slot_values, slot_indices, total;
 };
 
 Workspace workspace_of(const Plan& plan) {
@@ -66,6 +66,7 @@ Workspace workspace_of(const Plan& plan) {
   w.step = offsets.next(sizeof(StepState));
   w.look_back = offsets.next(static_cast<int64_t>(plan.runs.size() * sizeof(uint64_t)));
   w.histograms = offsets.next(groups * kGroupHistogramBins * static_cast<int64_t>(sizeof(uint32_t)));
+  w.significands = offsets.next(plan.value_format == ValueFormat::kSign ? groups * kExponents * static_cast<int64_t>(sizeof(uint64_t)) : 0);
   w.cleared = offsets.at;
   w.tile_states = offsets.next(tiles * static_cast<int64_t>(sizeof(uint32_t)));
   w.sums = offsets.next(sums * 3 * static_cast<int64_t>(sizeof(float)));
@@ -81,7 +82,9 @@ Plan::Plan(const Layout& layout)
     : num_segments(static_cast<int64_t>(layout.segments.size())),
       numel(layout.numel),
       selected_numel(layout.selected_numel),
-      dense_numel(layout.dense_numel) {
+      sections(payload_sections(layout)),
+      gaps(payload_gaps(layout)),
+      value_format(layout.value_format) {
   const auto cut = [](const Segment& segment, int32_t index, auto&& append) {
     for (int64_t at = 0; at < segment.numel; at += kTileNumel) {
       Tile tile{};
@@ -107,17 +110,18 @@ Plan::Plan(const Layout& layout)
     const Group& group = layout.groups[g];
     const Segment& first = layout.segments[static_cast<size_t>(group.first_segment)];
     const Segment& last = layout.segments[static_cast<size_t>(group.last_segment)];
-    group_ranges.push_back({group.entry_offset, group.k, first.offset, last.offset + last.numel - 1});
+    group_ranges.push_back({group.entry_offset, group.k, first.offset, last.offset + last.numel - 1, 1.0 / static_cast<double>(group.k)});
     if (group.first_segment == group.last_segment && group.numel <= kTileNumel) {
-      small_groups.push_back(
-          {first.offset, group.entry_offset, static_cast<int32_t>(group.numel), static_cast<int32_t>(group.k), group.first_segment, 0});
+      small_groups.push_back({first.offset, group.entry_offset, static_cast<int32_t>(group.numel), static_cast<int32_t>(group.k),
+                              group.first_segment, static_cast<int32_t>(g)});
       continue;
     }
     LargeGroup large{};
     large.k = group.k;
     large.numel = group.numel;
     large.entry_offset = group.entry_offset;
-    large.first_run = static_cast<int32_t>(runs.size());
+    large.group = static_cast<int32_t>(g);
+    const size_t first_run = runs.size();
     large.slot_numel =
         static_cast<int32_t>(std::clamp(kSlotFactor * kTileNumel * group.k / group.numel / 64 * 64, kMinSlotNumel, kMaxSlotNumel));
     const auto index = static_cast<int32_t>(large_groups.size());
@@ -140,7 +144,7 @@ Plan::Plan(const Layout& layout)
       if (t == first_tile || runs.back().num_tiles == kRunTiles) runs.push_back({t, 0, index, t == first_tile ? 1 : 0});
       ++runs.back().num_tiles;
     }
-    large.num_runs = static_cast<int32_t>(runs.size()) - large.first_run;
+    large.num_runs = static_cast<int32_t>(runs.size() - first_run);
     large_groups.push_back(large);
   }
 }
@@ -184,13 +188,20 @@ DevicePlan device_plan(const Plan& plan, const void* tables, void* workspace) {
   device.num_segments = static_cast<int32_t>(plan.num_segments);
   device.numel = plan.numel;
   device.selected_numel = plan.selected_numel;
-  device.dense_numel = plan.dense_numel;
+  device.high_words = plan.sections.high_words();
+  device.sections = plan.sections;
+  std::copy(plan.gaps.begin(), plan.gaps.end(), device.gaps);
+  device.value_format = plan.value_format;
+  device.rounding = plan.value_format == ValueFormat::kFloat32    ? Rounding{0xffffffffu, 0, 0}
+                    : plan.value_format == ValueFormat::kBFloat16 ? Rounding{0xffff0000u, 0x7fff, 1}
+                                                                  : Rounding{0, 0, 0};
   const Workspace w = workspace_of(plan);
   auto* base = static_cast<uint8_t*>(workspace);
   device.states = reinterpret_cast<GroupState*>(base + w.states);
   device.step = reinterpret_cast<StepState*>(base + w.step);
   device.look_back = reinterpret_cast<uint64_t*>(base + w.look_back);
   device.histograms = reinterpret_cast<uint32_t*>(base + w.histograms);
+  device.significands = reinterpret_cast<unsigned long long*>(base + w.significands);
   device.tile_states = reinterpret_cast<uint32_t*>(base + w.tile_states);
   device.sums = reinterpret_cast<float*>(base + w.sums);
   device.slot_values = reinterpret_cast<float*>(base + w.slot_values);

@@ -8,7 +8,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "../layout.h"
+#include "../cpu/float_types.h"
+#include "../wire_format.h"
 
 namespace compressed_ddp::cuda {
 
@@ -19,7 +20,8 @@ inline constexpr int kTileNumel = kThreads * kItems;
 inline constexpr int kRunTiles = kWarps;         // refine and emit give a warp to each tile
 inline constexpr int kHistogramBins = 2048;      // of the histogram pass and of the filter: 8 per thread
 inline constexpr int kGroupHistogramBins = 8192; // in memory, per group: guess and refine need more
-inline constexpr int kSectorNumel = 8;           // 32 bytes of fp32, what the memory moves at least
+inline constexpr int kExponents = 256;
+inline constexpr int kSectorNumel = 8; // 32 bytes of fp32, what the memory moves at least
 
 // Positions fit 32 bits, as indices on the wire do; small tables are what every warp of every tile reads.
 struct Tile {             // at most kTileNumel entries of one segment
@@ -46,7 +48,7 @@ struct LargeGroup {
   int32_t num_tiles;
   int32_t num_runs;
   int32_t slot_numel; // candidates per tile
-  int32_t first_run;
+  int32_t group;      // of the layout: its scale
 };
 
 struct SmallGroup {
@@ -55,7 +57,7 @@ struct SmallGroup {
   int32_t numel;
   int32_t k;
   int32_t segment;
-  int32_t unused_padding;
+  int32_t group; // of the layout: its scale
 };
 
 struct GroupRange { // what the decoder checks of every rank's entries of a group
@@ -63,6 +65,15 @@ struct GroupRange { // what the decoder checks of every rank's entries of a grou
   int64_t k;
   int64_t first_index;
   int64_t last_index;
+  double inverse_k; // a mean is the sum times this
+};
+
+// What a value is rounded to before it travels, so that sending a finite one leaves value - rounded in the residual: bf16 to nearest even;
+// fp32 not at all; sign to 0, because there the scale, known only later, is taken out by a pass of its own.
+struct Rounding {
+  uint32_t mask; // of the bits that stay
+  uint32_t half; // added before, and
+  uint32_t tie;  // 1: one more if the last bit that stays is set
 };
 
 // What is known of a large group so far. Zero at the start of a step; the emit kernel leaves it so.
@@ -101,7 +112,10 @@ struct Plan {
   std::vector<GroupRange> group_ranges;
   std::vector<int64_t> segment_offsets; // of every segment, and the bucket's numel behind them
 
-  int64_t num_segments = 0, numel = 0, selected_numel = 0, dense_numel = 0;
+  int64_t num_segments = 0, numel = 0, selected_numel = 0;
+  PayloadSections sections;
+  std::array<Gap, kPayloadGaps> gaps;
+  ValueFormat value_format;
   int64_t slots_numel = 0; // candidates of all tiles
 
   int64_t table_bytes() const;
@@ -121,14 +135,19 @@ struct DevicePlan {
   const GroupRange* group_ranges;
   const int64_t* segment_offsets;
   int32_t num_tiles, num_runs, num_large_groups, num_small_groups, num_dense_tiles, num_groups, num_segments;
-  int64_t numel, selected_numel, dense_numel;
+  int64_t numel, selected_numel, high_words;
+  PayloadSections sections;
+  Gap gaps[kPayloadGaps];
+  ValueFormat value_format;
+  Rounding rounding;
   // workspace
   GroupState* states;
   StepState* step;
-  uint64_t* look_back;   // per run
-  uint32_t* histograms;  // [large groups][kGroupHistogramBins]
-  uint32_t* tile_states; // per tile: TileState
-  float* sums;           // [num_sums][3]: gradient^2, acc^2, sent^2 of a tile, a small group or a dense tile
+  uint64_t* look_back;              // per run
+  uint32_t* histograms;             // [large groups][kGroupHistogramBins]
+  unsigned long long* significands; // [large groups][kExponents], value format sign only: sums of what is selected (encode.cuh)
+  uint32_t* tile_states;            // per tile: TileState
+  float* sums;                      // [num_sums][3]: gradient^2, acc^2, sent^2 of a tile, a small group or a dense tile
   float* slot_values;
   uint16_t* slot_indices; // in the tile
 };

@@ -9,7 +9,6 @@ namespace compressed_ddp::cuda {
 
 struct RestoreArguments { // all pointers in device memory
   const uint8_t* payload; // written by this process for this layout
-  const uint8_t* unused;  // per segment, or nullptr
   float* const* residuals;
   const uint32_t* condition; // nothing happens if it points to 0 (DecodeStatus::step_is_bad); nullptr = always
 };

@@ -26,24 +26,35 @@ def _self_check() -> str:
     generator = torch.Generator().manual_seed(0)
     segments, groups, k = [5000, 100, 3000], [0, -1, 1], [50, 30]
     layout = (segments, groups, k)
-    results = []
-    for stages in (ops, reference):
-        generator.manual_seed(0)
-        payloads = []
-        for rank in range(2):
-            gradient = torch.randn(sum(segments), generator=generator)
-            residual = torch.randn(sum(segments), generator=generator)
-            values, indices, _ = stages.compensate_select_(gradient, residual, *layout)
-            payloads.append(
-                stages.encode(values, indices, gradient, *layout, rank=rank, world_size=2)
+    for value_format in reference.VALUE_FORMATS:
+        results = []
+        for stages in (ops, reference):
+            generator.manual_seed(0)
+            payloads, residuals = [], []
+            for rank in range(2):
+                gradient = torch.randn(sum(segments), generator=generator)
+                residual = torch.randn(sum(segments), generator=generator)
+                values, indices, _ = stages.compensate_select_(gradient, residual, *layout)
+                payloads.append(
+                    stages.encode(
+                        values,
+                        indices,
+                        gradient,
+                        *layout,
+                        value_format=value_format,
+                        residual=residual,
+                        rank=rank,
+                        world_size=2,
+                    )
+                )
+                residuals.append(residual)
+            bucket = torch.empty(sum(segments))
+            stages.decode_apply_(bucket, torch.stack(payloads), *layout, value_format=value_format)
+            results.append([*payloads, *residuals, bucket])
+        if not all(map(torch.equal, *results)):
+            raise RuntimeError(
+                f"the native stages and reference.py differ on a bucket of two ranks ({value_format})"
             )
-        bucket = torch.empty(sum(segments))
-        stages.decode_apply_(bucket, torch.stack(payloads), *layout)
-        results.append((payloads, bucket))
-    (native_payloads, native_bucket), (payloads, bucket) = results
-    same = torch.equal(native_bucket, bucket) and all(map(torch.equal, native_payloads, payloads))
-    if not same:
-        raise RuntimeError("the native stages and reference.py differ on a bucket of two ranks")
     return "passed: two ranks, one bucket, native == reference.py bit for bit"
 
 

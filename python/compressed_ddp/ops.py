@@ -2,6 +2,7 @@
 
 A bucket is a flat tensor cut into `segments` (numels, in order, adding up to its numel). groups[i] is the selection that segment i
 belongs to: 0, 1, 2, .. in bucket order, or -1 for a segment that travels dense. k[j] is the number of entries that selection j sends.
+`value_format` is how selected values travel: "fp32", "bf16", or "sign" (a bit each, and one mean magnitude per selection).
 
 CPU tensors run in C++ (csrc/ops.cpp); other devices in plain PyTorch (reference.py), with the same results.
 """
@@ -59,21 +60,29 @@ def encode(
     groups: Sequence[int],
     k: Sequence[int],
     *,
+    value_format: str = "bf16",
+    residual: Tensor | None = None,
     rank: int,
     world_size: int,
     step: int = 0,
     non_finite: bool = False,
 ) -> Tensor:
-    """One payload: header, indices, values, and the dense segments of `gradient` as fp32 (docs/wire_format.md).
+    """One payload: header, indices, values as `value_format` says, and the dense segments of `gradient` as fp32 (docs/wire_format.md).
 
     Args:
-        values, indices: from `compensate_select_`.
-        gradient: the same flat [numel] tensor.
+        values, indices: from `compensate_select_`: float32 and int32 [sum(k)]. Not changed.
+        gradient: the same flat [numel] tensor. Not changed.
+        value_format: "fp32", "bf16" or "sign".
+        residual: flat [numel], float32, contiguous, as `compensate_select_` left it. What rounding takes from the finite values is
+            added to it, in place at `indices`: value - decoded value. None: that is lost.
         rank, world_size, step: written to the header, checked by the receiver.
-        non_finite: some compensated entry is Inf or NaN; dense entries are looked at here.
+        non_finite: some compensated entry is Inf or NaN; dense entries are looked at here. Of such a payload the scales of "sign"
+            are 0.
 
     Returns:
-        uint8 [payload_bytes(segments, groups, k)].
+        uint8 [payload_bytes(segments, groups, k, value_format)].
+
+    Raises ValueError or TypeError; the residual is unchanged then.
     """
     payload: Tensor = _NAMESPACE.encode(
         values,
@@ -82,6 +91,8 @@ def encode(
         segments,
         groups,
         k,
+        value_format=value_format,
+        residual=residual,
         rank=rank,
         world_size=world_size,
         step=step,
@@ -97,21 +108,24 @@ def decode_apply_(
     groups: Sequence[int],
     k: Sequence[int],
     *,
+    value_format: str = "bf16",
     step: int = 0,
 ) -> None:
     """The average of all ranks' payloads, written to the bucket in place.
 
-    Sums in fp32 in rank order 0 .. world_size-1 from +0, times float32(1 / world_size), rounded once to the bucket's dtype:
-    bitwise the same on every rank. If any payload has the non-finite flag, the whole bucket becomes NaN.
+    Sums the decoded values in fp32 in rank order 0 .. world_size-1 from +0, times float32(1 / world_size), rounded once to the
+    bucket's dtype: bitwise the same on every rank. If any payload has the non-finite flag, the whole bucket becomes NaN.
 
     Args:
         bucket: flat [numel], float32, float16 or bfloat16, contiguous; overwritten.
         gathered: uint8 [world_size, payload_bytes], row r from rank r. Untrusted: checked before anything is written.
-        step: what every header must say.
+        value_format, step: what every header must say.
 
     Raises ValueError naming the rank and the field when a payload is not what it should be; the bucket is unchanged then.
     """
-    _NAMESPACE.decode_apply_(bucket, gathered, segments, groups, k, step=step)
+    _NAMESPACE.decode_apply_(
+        bucket, gathered, segments, groups, k, value_format=value_format, step=step
+    )
 
 
 def restore_(
@@ -120,14 +134,21 @@ def restore_(
     segments: Sequence[int],
     groups: Sequence[int],
     k: Sequence[int],
+    *,
+    value_format: str = "bf16",
 ) -> None:
-    """Adds this rank's own payload back to the residual (finite entries only), in place: after a failed exchange or a skipped step.
+    """Adds this rank's own payload back to the residual (finite values only), in place: after a failed exchange or a skipped step.
+
+    With "fp32" and "bf16" the residual is then bit for bit (but for -0) what it was before the selection, plus the gradient; with
+    "sign" up to one rounding.
 
     Args:
-        residual: flat float32 [numel], as `compensate_select_` left it.
-        payload: uint8, what `encode` returned.
+        residual: flat float32 [numel], as `compensate_select_` and `encode` left it.
+        payload: uint8 [payload_bytes(segments, groups, k, value_format)], what `encode` returned. Not changed.
+
+    Raises ValueError or TypeError; the residual is unchanged then.
     """
-    _NAMESPACE.restore_(residual, payload, segments, groups, k)
+    _NAMESPACE.restore_(residual, payload, segments, groups, k, value_format=value_format)
 
 
 payload_bytes = reference.payload_bytes
@@ -144,17 +165,18 @@ def _(gradient, residual, segments, groups, k, *, error_feedback=True):  # type:
 
 
 @torch.library.register_fake("compressed_ddp::encode")
-def _(values, indices, gradient, segments, groups, k, **options):  # type: ignore[no-untyped-def]
-    return gradient.new_empty(payload_bytes(segments, groups, k), dtype=torch.uint8)
+def _(values, indices, gradient, segments, groups, k, *, value_format="bf16", **options):  # type: ignore[no-untyped-def]
+    size = payload_bytes(segments, groups, k, value_format)
+    return gradient.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.register_fake("compressed_ddp::decode_apply_")
-def _(bucket, gathered, segments, groups, k, *, step=0):  # type: ignore[no-untyped-def]
+def _(bucket, gathered, segments, groups, k, *, value_format="bf16", step=0):  # type: ignore[no-untyped-def]
     return None
 
 
 @torch.library.register_fake("compressed_ddp::restore_")
-def _(residual, payload, segments, groups, k):  # type: ignore[no-untyped-def]
+def _(residual, payload, segments, groups, k, *, value_format="bf16"):  # type: ignore[no-untyped-def]
     return None
 
 

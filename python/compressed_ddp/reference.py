@@ -2,7 +2,8 @@
 no engine for a device. Same signatures and, bit for bit, the same results as `torch.ops.compressed_ddp.*`.
 
 A bucket is cut into `segments` (numels). groups[i] is the selection that segment i belongs to, -1 = it travels dense; k[j] is the
-number of entries that selection j sends.
+number of entries that selection j sends. `value_format` says how a selected value is sent: "fp32", rounded to "bf16", or as its
+"sign" and one mean magnitude per group.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-_HEADER = struct.Struct("<IHHIIQqqqqq")  # docs/wire_format.md
-_MAGIC, _VERSION, _NON_FINITE = 0x50444443, 1, 1
+VALUE_FORMATS = {"fp32": 0, "bf16": 1, "sign": 2}  # and their numbers in a header
+
+_HEADER = struct.Struct("<IHBBIIQqqqqq")  # docs/wire_format.md
+_MAGIC, _VERSION, _NON_FINITE = 0x50444443, 2, 1
 _FNV_SEED, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 
 
@@ -65,27 +68,50 @@ def encode(
     groups: Sequence[int],
     k: Sequence[int],
     *,
+    value_format: str = "bf16",
+    residual: Tensor | None = None,
     rank: int,
     world_size: int,
     step: int = 0,
     non_finite: bool = False,
 ) -> Tensor:
-    """Header, indices, values, dense segments, padding: one uint8 tensor of a size known from (segments, groups, k)."""
+    """One uint8 tensor of a size known from (segments, groups, k, value_format); residual += what rounding takes from the values."""
+    slices = _section_slices(segments, groups, k, value_format)
+    device = gradient.device
     dense = torch.cat(
         [gradient.new_zeros(0), *(gradient[at] for at in _dense_slices(segments, groups))]
     ).float()
     dense = torch.where(torch.isnan(dense), torch.nan, dense)  # every NaN is written as 0x7fc00000
     flags = _NON_FINITE if non_finite or not torch.isfinite(dense).all() else 0
-    fields = (rank, world_size, *_layout_fields(segments, groups, k, step))
-    header = torch.frombuffer(
-        bytearray(_HEADER.pack(_MAGIC, _VERSION, flags, *fields)), dtype=torch.uint8
+    fields = (rank, world_size, *_layout_fields(segments, groups, k, value_format, step))
+    header = _HEADER.pack(_MAGIC, _VERSION, flags, _number_of(value_format), *fields)
+
+    index = indices.long()
+    high = index >> 8
+    high_bits = torch.zeros(8 * (slices[2].stop - slices[2].start), dtype=torch.bool, device=device)
+    high_bits[high + torch.arange(len(high), device=device)] = True
+    scales = _scales(values, k) if value_format == "sign" else values[:0]
+    if flags != 0:  # the step will not count: nothing is sent, and all of it stays in the residual
+        scales = torch.zeros_like(scales)
+    sections = (
+        torch.frombuffer(bytearray(header), dtype=torch.uint8).to(device),
+        high[::256].int(),
+        _bytes_of(high_bits),
+        scales,
+        dense,
+        _written(values, value_format),
+        (index & 255).to(torch.uint8),
     )
-    parts = [
-        header.to(gradient.device),
-        *(part.contiguous().view(torch.uint8) for part in (indices, values, dense)),
-    ]
-    padding = payload_bytes(segments, groups, k) - sum(part.numel() for part in parts)
-    return torch.cat([*parts, header.new_zeros(padding, device=gradient.device)])
+    size = payload_bytes(segments, groups, k, value_format)
+    payload = torch.zeros(size, dtype=torch.uint8, device=device)
+    for at, section in zip(slices, sections):
+        payload[at].view(section.dtype).copy_(section)
+
+    if residual is not None:
+        lost = values - _decoded(payload, segments, groups, k, value_format)[1]
+        keep = torch.isfinite(values) & (lost != 0)
+        residual[index[keep]] += lost[keep]
+    return payload
 
 
 def decode_apply_(
@@ -95,30 +121,30 @@ def decode_apply_(
     groups: Sequence[int],
     k: Sequence[int],
     *,
+    value_format: str = "bf16",
     step: int = 0,
 ) -> None:
     """bucket = (what rank 0 sent + what rank 1 sent + ..) * fp32(1 / world_size), in rank order; NaN if any rank was non-finite."""
     world_size = gathered.shape[0]
-    headers = [_HEADER.unpack(bytes(payload[: _HEADER.size].tolist())) for payload in gathered]
-    for rank, (magic, version, flags, *fields) in enumerate(headers):
-        if (magic, version, flags & ~_NON_FINITE, *fields) != (
-            _MAGIC,
-            _VERSION,
-            0,
-            rank,
-            world_size,
-            *_layout_fields(segments, groups, k, step),
-        ):
+    layout = (segments, groups, k, value_format)
+    any_non_finite = False
+    for rank, payload in enumerate(gathered):
+        magic, version, flags, *fields = _HEADER.unpack(bytes(payload[: _HEADER.size].tolist()))
+        got = (magic, version, flags & ~_NON_FINITE, *fields)
+        format_and_ranks = (_number_of(value_format), rank, world_size)
+        expected = (_MAGIC, _VERSION, 0, *format_and_ranks, *_layout_fields(*layout, step))
+        if got != expected or not _has_good_indices(payload, *layout):
             raise ValueError(
                 f"decode_apply_: the payload of rank {rank} is not what this rank expects; the bucket is unchanged"
             )
-    if any(flags & _NON_FINITE for _, _, flags, *_ in headers):
+        any_non_finite |= flags != 0
+    if any_non_finite:
         bucket.fill_(torch.nan)
         return
     sums = torch.zeros(bucket.numel(), device=bucket.device)
     for payload in gathered:
-        indices, values, dense = _sections(payload, segments, groups, k)
-        sums[indices.long()] += values  # indices are unique within one rank
+        index, values, dense = _decoded(payload, *layout)
+        sums[index] += values  # indices are unique within one rank
         for at in _dense_slices(segments, groups):
             sums[at] += dense[: at.stop - at.start]
             dense = dense[at.stop - at.start :]
@@ -131,11 +157,13 @@ def restore_(
     segments: Sequence[int],
     groups: Sequence[int],
     k: Sequence[int],
+    *,
+    value_format: str = "bf16",
 ) -> None:
     """Puts this rank's own payload back: after a failed exchange or a skipped step nothing is lost."""
-    indices, values, _ = _sections(payload, segments, groups, k)
-    finite = torch.isfinite(values)
-    residual[indices[finite].long()] += values[finite]
+    index, values, _ = _decoded(payload, segments, groups, k, value_format)
+    back = torch.isfinite(values) & (values != 0)
+    residual[index[back]] += values[back]
 
 
 def average(
@@ -144,33 +172,46 @@ def average(
     segments: Sequence[int],
     groups: Sequence[int],
     k: Sequence[int],
+    *,
+    value_format: str = "bf16",
 ) -> Tensor:
     """One step of all ranks in one process: residuals[r] is updated, the result is what every rank's bucket would hold."""
     payloads = []
+    layout = (segments, groups, k)
     for rank, (gradient, residual) in enumerate(zip(gradients, residuals)):
-        values, indices, statistics = compensate_select_(gradient, residual, segments, groups, k)
-        layout = (segments, groups, k)
-        non_finite = bool(statistics[3] > 0)
+        values, indices, statistics = compensate_select_(gradient, residual, *layout)
         payloads.append(
             encode(
                 values,
                 indices,
                 gradient,
                 *layout,
+                value_format=value_format,
+                residual=residual,
                 rank=rank,
                 world_size=len(gradients),
-                non_finite=non_finite,
+                non_finite=bool(statistics[3] > 0),
             )
         )
     bucket = torch.empty_like(gradients[0])
-    decode_apply_(bucket, torch.stack(payloads), segments, groups, k)
+    decode_apply_(bucket, torch.stack(payloads), *layout, value_format=value_format)
     return bucket
 
 
-def payload_bytes(segments: Sequence[int], groups: Sequence[int], k: Sequence[int]) -> int:
-    """Size of a payload: 64 bytes of header, 8 per selected entry, 4 per dense entry, rounded up to a multiple of 64."""
-    used = _HEADER.size + 8 * sum(k) + 4 * _dense_numel(segments, groups)
+def payload_bytes(
+    segments: Sequence[int], groups: Sequence[int], k: Sequence[int], value_format: str = "bf16"
+) -> int:
+    """Size of a payload (docs/wire_format.md): its sections, rounded up to a multiple of 64."""
+    used: int = _section_slices(segments, groups, k, value_format)[-1].stop
     return (used + 63) // 64 * 64
+
+
+def _number_of(value_format: str) -> int:
+    if value_format not in VALUE_FORMATS:
+        raise ValueError(
+            f"expected value_format to be one of {tuple(VALUE_FORMATS)}, got {value_format!r}"
+        )
+    return VALUE_FORMATS[value_format]
 
 
 def _dense_numel(segments: Sequence[int], groups: Sequence[int]) -> int:
@@ -199,30 +240,133 @@ def _group_positions(
     return [torch.cat(parts) for parts in positions]
 
 
-def _sections(
-    payload: Tensor, segments: Sequence[int], groups: Sequence[int], k: Sequence[int]
+def _section_slices(
+    segments: Sequence[int], groups: Sequence[int], k: Sequence[int], value_format: str
+) -> list[slice]:
+    """Where header, directory, high bits, scales, dense entries, values and low bytes lie in a payload."""
+    entries = sum(k)
+    num_high_bits = entries + (sum(segments) - 1) // 256 if entries else 0
+    value_bytes = (4 * entries, 2 * entries, (entries + 31) // 32 * 4)[_number_of(value_format)]
+    sizes = (
+        _HEADER.size,
+        (entries + 255) // 256 * 4,
+        (num_high_bits + 63) // 64 * 8,
+        4 * len(k) if value_format == "sign" else 0,
+        4 * _dense_numel(segments, groups),
+        value_bytes,
+        entries,
+    )
+    slices, begin = [], 0
+    for size in sizes:
+        slices.append(slice(begin, begin + size))
+        begin += (size + 7) // 8 * 8
+    return slices
+
+
+def _written(values: Tensor, value_format: str) -> Tensor:
+    """The values section, as a tensor of any dtype."""
+    nan = torch.isnan(values)
+    if value_format == "fp32":
+        return torch.where(nan, torch.nan, values)
+    if value_format == "bf16":
+        bits = values.bfloat16().view(torch.int16)  # to nearest even
+        overflow = torch.isfinite(values) & ((bits & 0x7FFF) == 0x7F80)
+        return torch.where(nan, 0x7FC0, bits - overflow.short())  # one below Inf: largest finite
+    negative = torch.zeros((len(values) + 31) // 32 * 32, dtype=torch.bool, device=values.device)
+    negative[: len(values)] = torch.signbit(values) & ~nan
+    return _bytes_of(negative)
+
+
+def _scales(values: Tensor, k: Sequence[int]) -> Tensor:
+    """The mean magnitude of each group's values, fp32, in one order of additions: exact sums per exponent, then a tree over them."""
+    bits = values.view(torch.int32).long() & 0x7FFFFFFF
+    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+    significand = torch.where(exponent > 0, mantissa + 2**23, mantissa)
+    counts = torch.tensor(k, dtype=torch.int64, device=values.device)
+    group = torch.repeat_interleave(torch.arange(len(k), device=values.device), counts)
+    sums = significand.new_zeros(256 * len(k)).index_add_(0, 256 * group + exponent, significand)
+    sums = sums.view(-1, 256)
+    sums[:, 255] = 0  # Inf and NaN have no magnitude
+    unit = torch.tensor([2.0 ** (max(e, 1) - 150) for e in range(255)] + [0.0], dtype=torch.float64)
+    parts = (sums.double() * unit.to(values.device)).view(-1, 32, 8)
+    partial = parts.new_zeros(len(k), 32)
+    for part in parts.unbind(2):
+        partial = partial + part
+    lane = torch.arange(32, device=values.device)
+    for distance in (1, 2, 4, 8, 16):
+        partial = partial + partial[:, lane ^ distance]
+    return (partial[:, 0] * (1.0 / counts.double())).float()
+
+
+def _decoded(
+    payload: Tensor,
+    segments: Sequence[int],
+    groups: Sequence[int],
+    k: Sequence[int],
+    value_format: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = [4 * sum(k), 4 * sum(k), 4 * _dense_numel(segments, groups)]
-    begin = _HEADER.size
-    indices, values, dense = payload[begin : begin + sum(sizes)].split(sizes)
-    return (
-        indices.clone().view(torch.int32),
-        values.clone().view(torch.float32),
-        dense.clone().view(torch.float32),
+    """Indices (int64), values and dense entries (fp32)."""
+    slices = _section_slices(segments, groups, k, value_format)
+    _, _, high_bits, scales, dense, values, low = (payload[at].clone() for at in slices)
+    at = _bits_of(high_bits).nonzero().view(-1)
+    index = (at - torch.arange(len(at), device=at.device)) * 256 + low
+    if value_format == "fp32":
+        decoded = values.view(torch.float32)
+    elif value_format == "bf16":
+        decoded = values.view(torch.bfloat16).float()
+    else:
+        counts = torch.tensor(k, dtype=torch.int64, device=payload.device)
+        magnitude = torch.repeat_interleave(scales.view(torch.float32), counts)
+        decoded = torch.where(_bits_of(values)[: len(magnitude)], -magnitude, magnitude)
+    return index, decoded, dense.view(torch.float32)
+
+
+def _has_good_indices(
+    payload: Tensor,
+    segments: Sequence[int],
+    groups: Sequence[int],
+    k: Sequence[int],
+    value_format: str,
+) -> bool:
+    """A high bit for every entry, indices that ascend inside their groups, and the directory that belongs to them."""
+    slices = _section_slices(segments, groups, k, value_format)
+    if int(_bits_of(payload[slices[2]]).sum()) != sum(k):
+        return False
+    index, *_ = _decoded(payload, segments, groups, k, value_format)
+    positions = _group_positions(segments, groups, payload.device)
+    for inside, its_positions in zip(index.split(list(k)), positions):
+        if inside[0] < its_positions[0] or inside[-1] > its_positions[-1]:
+            return False
+    directory = payload[slices[1]].clone().view(torch.int32)
+    return bool(
+        (index[1:] > index[:-1]).all() and torch.equal(directory, (index[::256] >> 8).int())
     )
 
 
+def _bytes_of(bits: Tensor) -> Tensor:
+    """bool [8 n] -> uint8 [n], the lowest bit first."""
+    place = torch.arange(8, device=bits.device)
+    return (bits.view(-1, 8).long() << place).sum(1).to(torch.uint8)
+
+
+def _bits_of(section: Tensor) -> Tensor:
+    """uint8 [n] -> bool [8 n], the lowest bit first."""
+    place = torch.arange(8, device=section.device)
+    return ((section.long()[:, None] >> place) & 1).bool().view(-1)
+
+
 def _layout_fields(
-    segments: Sequence[int], groups: Sequence[int], k: Sequence[int], step: int
+    segments: Sequence[int], groups: Sequence[int], k: Sequence[int], value_format: str, step: int
 ) -> tuple[int, ...]:
     layout_hash = _FNV_SEED
-    for number in (len(segments), *(part for pair in zip(segments, groups) for part in pair), *k):
+    pairs = (part for pair in zip(segments, groups) for part in pair)
+    for number in (len(segments), *pairs, *k, _number_of(value_format)):
         for byte in (number % 2**64).to_bytes(8, "little"):
             layout_hash = (layout_hash ^ byte) * _FNV_PRIME % 2**64
     numbers = (
         sum(segments),
         sum(k),
         _dense_numel(segments, groups),
-        payload_bytes(segments, groups, k),
+        payload_bytes(segments, groups, k, value_format),
     )
     return (layout_hash, step, *numbers)

@@ -16,11 +16,13 @@ from torch import nn
 from . import _native
 from .adam import warn_about_momentum_once
 from .names import trained_parameters, unwrapped
+from .reference import VALUE_FORMATS
 
 Exempt = str | Iterable[str] | Callable[[str, torch.Tensor], bool]
 
 _STATE_DICT_VERSION = 1
 _SCOPES = ("tensor", "bucket", "chunk")
+_VALUE_FORMATS = tuple(VALUE_FORMATS)
 
 
 class TopKEFState:
@@ -34,6 +36,8 @@ class TopKEFState:
             returns it, the same on every rank (which is checked in every step). k = max(1, ceil(density * numel)).
         scope: "tensor" selects in each parameter by itself, "bucket" in all compressed parameters of a bucket together,
             "chunk" in each 4096 consecutive entries of a parameter (k of the shorter last chunk: max(1, ceil(density * numel))).
+        value_format: how selected values travel: "bf16" (2 bytes each), "fp32" (4 bytes), or "sign": 1 bit per value and one mean
+            magnitude per group (what one selection spans). The residual absorbs what is lost.
         error_feedback: keep what is not sent and add it to the next gradient. False loses it: for comparisons.
         dense_steps: the first synchronised steps are averaged densely (default 2: in its first step DDP has the whole model
             in one bucket and rebuilds the buckets afterwards). 0 is correct, too.
@@ -54,6 +58,7 @@ class TopKEFState:
         density: float | Callable[[int], float] = 0.01,
         *,
         scope: str = "tensor",
+        value_format: str = "bf16",
         error_feedback: bool = True,
         dense_steps: int = 2,
         min_compress_numel: int = 1024,
@@ -62,6 +67,10 @@ class TopKEFState:
     ) -> None:
         if scope not in _SCOPES:
             raise ValueError(f"TopKEFState: scope must be one of {_SCOPES}, got {scope!r}")
+        if value_format not in _VALUE_FORMATS:
+            raise ValueError(
+                f"TopKEFState: value_format must be one of {_VALUE_FORMATS}, got {value_format!r}"
+            )
         if not isinstance(error_feedback, bool):
             raise TypeError(
                 f"TopKEFState: error_feedback must be True or False, got {error_feedback!r}"
@@ -74,6 +83,7 @@ class TopKEFState:
         self.process_group = process_group
         self.density = density if callable(density) else _checked_density(density)
         self.scope = scope
+        self.value_format = value_format
         self.error_feedback = error_feedback
         self.dense_steps = _checked_integer("dense_steps", dense_steps)
         self.min_compress_numel = _checked_integer("min_compress_numel", min_compress_numel)
@@ -87,6 +97,7 @@ class TopKEFState:
         self._engine = _native._C.Engine(
             density=self.density,
             scope=scope,
+            value_format=value_format,
             error_feedback=error_feedback,
             dense_steps=self.dense_steps,
             min_compress_numel=self.min_compress_numel,
@@ -99,8 +110,9 @@ class TopKEFState:
 
     def __repr__(self) -> str:
         return (
-            f"TopKEFState(density={self.density}, scope={self.scope!r}, error_feedback={self.error_feedback}, "
-            f"dense_steps={self.dense_steps}, min_compress_numel={self.min_compress_numel}, step={self.step})"
+            f"TopKEFState(density={self.density}, scope={self.scope!r}, value_format={self.value_format!r}, "
+            f"error_feedback={self.error_feedback}, dense_steps={self.dense_steps}, "
+            f"min_compress_numel={self.min_compress_numel}, step={self.step})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -240,7 +252,7 @@ class TopKEFState:
         `compressed_ddp/` + `bytes_sent` (put on the network by this rank), `dense_bytes` (what a ring all-reduce in the
         gradient's dtype would have put there), `compression_ratio` (gradient bytes / payload bytes), `wire_ratio` (dense_bytes /
         bytes_sent; nan when nothing was sent), `gradient_norm`, `residual_norm`, `captured_energy` (share of the squared norm of
-        gradient + residual that was sent), `step` (number of steps completed). Norms are fp32 sums per block of 65,536 entries.
+        gradient + residual that left the residual), `step` (number of steps completed). Norms are fp32 sums per block of 65,536 entries.
         """
         return dict(self._engine.metrics())
 
@@ -338,6 +350,7 @@ class TopKEFState:
         return {
             "density": self.density if isinstance(self.density, float) else -1.0,
             "scope": self.scope,
+            "value_format": self.value_format,
             "error_feedback": self.error_feedback,
             "dense_steps": self.dense_steps,
             "min_compress_numel": self.min_compress_numel,

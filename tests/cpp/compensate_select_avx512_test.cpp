@@ -25,7 +25,7 @@ TEST(Avx512Filter, GivesWhatThePortableFilterGivesOnAWholeBlock) {
       values[i].resize(static_cast<size_t>(kNumel + kFilterSlack));
       indices[i].resize(static_cast<size_t>(kNumel + kFilterSlack));
       const FilterKernels& kernels = i == 0 ? kPortableFilter : kAvx512Filter;
-      results[i] = kernels.table[static_cast<int>(type)][0](
+      results[i] = kernels.of(type, FilterSource::kCompensate, Kept::kLostByBFloat16)(
           {gradient.data(), residuals[i].data(), kNumel, selection_key(1.5f), values[i].data(), indices[i].data()});
       values[i].resize(static_cast<size_t>(results[i].count));
       indices[i].resize(static_cast<size_t>(results[i].count));

@@ -328,12 +328,12 @@ TEST(CompensateSelect, WhatIsSentAndWhatStaysIsWhatCame) {
 
 // The portable kernels, counted: [source]. A second try without residual filters the gradient again.
 std::array<int64_t, 3> calls;
-template <typename gradient_t, FilterSource source>
+template <typename gradient_t, FilterSource source, Kept kept>
 struct Counted {
   static FilterResult run(const FilterArguments& arguments) {
     ++calls[static_cast<size_t>(source)];
     FilterResult result;
-    filter_scalar<gradient_t, source>(arguments, 0, result);
+    filter_scalar<gradient_t, source, kept>(arguments, 0, result);
     return result;
   }
 };

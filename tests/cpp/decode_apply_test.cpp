@@ -24,11 +24,12 @@ TypedBuffer reference(const Layout& layout, const Bytes& gathered, int64_t world
   std::vector<float> sums(static_cast<size_t>(layout.numel), 0.0f);
   for (int64_t rank = 0; rank < world_size; ++rank) {
     const uint8_t* payload = gathered.data() + rank * payload_bytes(layout);
-    for (int64_t e = 0; e < layout.selected_numel; ++e)
-      sums[static_cast<size_t>(payload_indices(layout, payload)[e])] += payload_values(layout, payload)[e];
+    const Entries entries = testing::entries_of(layout, payload);
+    const auto* dense = reinterpret_cast<const float*>(payload + payload_sections(layout).dense);
+    for (size_t e = 0; e < entries.indices.size(); ++e) sums[static_cast<size_t>(entries.indices[e])] += entries.values[e];
     for (const Segment& segment : layout.segments)
       for (int64_t i = 0; segment.group == kDenseGroup && i < segment.numel; ++i)
-        sums[static_cast<size_t>(segment.offset + i)] += payload_dense(layout, payload)[segment.dense_offset + i];
+        sums[static_cast<size_t>(segment.offset + i)] += dense[segment.dense_offset + i];
   }
   const float scale = 1.0f / static_cast<float>(world_size);
   for (float& sum : sums) sum *= scale;
@@ -43,12 +44,27 @@ void expect_equal(const TypedBuffer& expected, const TypedBuffer& actual) {
   ASSERT_TRUE(actual.guards_intact());
 }
 
+// Returns whether the result holds something non-finite.
+bool decode_into(const Layout& layout, const Bytes& gathered, int64_t world_size, TypedBuffer& bucket, const Cut& cut = all_cuts()[0],
+                 int64_t step = 0) {
+  Entries entries;
+  EXPECT_EQ(decode(layout, gathered.data(), world_size, step, entries, cut.parallel_for), "");
+  return decode_apply(layout, {gathered.data(), entries, world_size, bucket.data(), bucket.type()}, cut.parallel_for);
+}
+
 TypedBuffer decoded(const Layout& layout, const Bytes& gathered, int64_t world_size, GradientType type, const Cut& cut = all_cuts()[0],
-                    int64_t misalignment = 0) {
+                    int64_t misalignment = 0, int64_t step = 0) {
   // What lies in the bucket before, here the own gradient, must not show in the result.
   TypedBuffer bucket(type, std::vector<float>(static_cast<size_t>(layout.numel), 123.0f), misalignment);
-  EXPECT_FALSE(decode_apply(layout, {gathered.data(), world_size, bucket.data(), type}, cut.parallel_for));
+  EXPECT_FALSE(decode_into(layout, gathered, world_size, bucket, cut, step));
   return bucket;
+}
+
+void append(Bytes& gathered, const Layout& layout, const std::vector<int32_t>& indices, const std::vector<float>& values, int64_t rank,
+            int64_t world_size) {
+  const Bytes payload =
+      testing::payload_of_entries(layout, indices, values, nullptr, static_cast<uint32_t>(rank), static_cast<uint32_t>(world_size), 0);
+  gathered.insert(gathered.end(), payload.begin(), payload.end());
 }
 
 struct NamedLayout {
@@ -83,10 +99,9 @@ TEST(DecodeApply, EqualsThePlainSumInRankOrderBitForBit) {
     for (const int64_t world_size : {1, 2, 3, 8}) {
       SCOPED_TRACE(std::string(name) + ", world_size " + std::to_string(world_size));
       const Bytes gathered = random_gathered(layout, world_size, 4, kSeed);
-      ASSERT_EQ(check_gathered(layout, gathered.data(), world_size, 4), "");
       for (const GradientType type : testing::kGradientTypes) {
         SCOPED_TRACE(testing::name_of(type));
-        expect_equal(reference(layout, gathered, world_size, type), decoded(layout, gathered, world_size, type));
+        expect_equal(reference(layout, gathered, world_size, type), decoded(layout, gathered, world_size, type, all_cuts()[0], 0, 4));
       }
     }
 }
@@ -143,9 +158,8 @@ TEST(DecodeApply, AddsInRankOrderAndRoundsOnce) {
   const Layout layout = testing::one_group(1, 1);
   const auto average = [&](const std::vector<float>& values, GradientType type) {
     const auto world_size = static_cast<int64_t>(values.size());
-    Bytes gathered = random_gathered(layout, world_size, 0, 1);
-    for (int64_t rank = 0; rank < world_size; ++rank)
-      payload_entries(layout, payload_of(layout, gathered, rank)).values[0] = values[static_cast<size_t>(rank)];
+    Bytes gathered;
+    for (int64_t rank = 0; rank < world_size; ++rank) append(gathered, layout, {0}, {values[static_cast<size_t>(rank)]}, rank, world_size);
     return decoded(layout, gathered, world_size, type).at(0);
   };
   EXPECT_EQ(average({1e8f, 1.0f, -1e8f}, GradientType::kFloat32), 0.0f);
@@ -162,8 +176,8 @@ TEST(DecodeApply, EveryRankGetsTheSameBits) {
   const Bytes gathered = random_gathered(layout, 3, 0, 6);
   TypedBuffer first(GradientType::kFloat16, testing::normal_values(layout.numel, 7));
   TypedBuffer second(GradientType::kFloat16, std::vector<float>(static_cast<size_t>(layout.numel), std::nanf("")), 3);
-  decode_apply(layout, {gathered.data(), 3, first.data(), first.type()}, all_cuts()[0].parallel_for);
-  decode_apply(layout, {gathered.data(), 3, second.data(), second.type()}, all_cuts()[4].parallel_for);
+  decode_into(layout, gathered, 3, first, all_cuts()[0]);
+  decode_into(layout, gathered, 3, second, all_cuts()[4]);
   expect_equal(first, second);
 }
 
@@ -173,11 +187,10 @@ TEST(DecodeApply, TheFlagOfAnyRankMakesTheWholeBucketNan) {
     Bytes gathered = random_gathered(layout, 3, 0, 8);
     EXPECT_FALSE(any_non_finite(layout, gathered.data(), 3));
     encode_header(layout, static_cast<uint32_t>(flagged), 3, 0, true, payload_of(layout, gathered, flagged));
-    ASSERT_EQ(check_gathered(layout, gathered.data(), 3, 0), "");
     EXPECT_TRUE(any_non_finite(layout, gathered.data(), 3));
     for (const GradientType type : testing::kGradientTypes) {
       TypedBuffer bucket(type, std::vector<float>(static_cast<size_t>(layout.numel), 1.0f), 1);
-      EXPECT_TRUE(decode_apply(layout, {gathered.data(), 3, bucket.data(), type}, all_cuts()[0].parallel_for));
+      EXPECT_TRUE(decode_into(layout, gathered, 3, bucket));
       for (int64_t i = 0; i < layout.numel; ++i) ASSERT_TRUE(std::isnan(bucket.at(i))) << testing::name_of(type) << ", entry " << i;
       EXPECT_TRUE(bucket.guards_intact());
     }
@@ -190,14 +203,10 @@ TEST(DecodeApply, ANonFiniteResultWithoutAnyFlagIsReportedAndStaysInItsPlace) {
   for (const auto& [type, value] :
        {std::pair{GradientType::kFloat32, 3e38f}, {GradientType::kFloat16, 70000.0f}, {GradientType::kBFloat16, 3e38f}}) {
     SCOPED_TRACE(testing::name_of(type));
-    Bytes gathered = random_gathered(layout, 2, 0, 9);
-    for (int64_t rank = 0; rank < 2; ++rank) {
-      const PayloadEntries entries = payload_entries(layout, payload_of(layout, gathered, rank));
-      entries.indices[0] = 1;
-      entries.values[0] = value;
-    }
+    Bytes gathered;
+    for (int64_t rank = 0; rank < 2; ++rank) append(gathered, layout, {1}, {value}, rank, 2);
     TypedBuffer bucket(type, 2);
-    EXPECT_TRUE(decode_apply(layout, {gathered.data(), 2, bucket.data(), type}, all_cuts()[0].parallel_for));
+    EXPECT_TRUE(decode_into(layout, gathered, 2, bucket));
     EXPECT_EQ(bucket.at(0), 0.0f);
     EXPECT_EQ(bucket.at(1), HUGE_VALF);
   }
@@ -208,8 +217,6 @@ TEST(DecodeApply, ANonFiniteResultIsReportedWhereverItLies) {
     for (const int64_t numel : {int64_t{9}, 2 * kTileNumel + 7, kStreamNumel + 5}) {
       if (numel > kStreamNumel && type != GradientType::kFloat32) continue; // only fp32 has a second way to store
       const Layout layout = testing::one_group(numel, 1);
-      Bytes gathered = random_gathered(layout, 1, 0, 12);
-      const PayloadEntries entries = payload_entries(layout, gathered.data());
       TypedBuffer bucket(type, numel, 1);
       // The beginning before an aligned store, each lane of one, the end of a tile, the rest behind the last whole vector.
       for (const int64_t index :
@@ -217,9 +224,9 @@ TEST(DecodeApply, ANonFiniteResultIsReportedWhereverItLies) {
         for (const float value : {1.0f, HUGE_VALF, std::nanf("")}) {
           SCOPED_TRACE(std::string(testing::name_of(type)) + ", numel " + std::to_string(numel) + ", index " + std::to_string(index) +
                        ", value " + testing::show_float(value));
-          entries.indices[0] = static_cast<int32_t>(index);
-          entries.values[0] = value;
-          const bool non_finite = decode_apply(layout, {gathered.data(), 1, bucket.data(), type}, all_cuts()[2].parallel_for);
+          Bytes gathered;
+          append(gathered, layout, {static_cast<int32_t>(index)}, {value}, 0, 1);
+          const bool non_finite = decode_into(layout, gathered, 1, bucket, all_cuts()[2]);
           ASSERT_EQ(non_finite, !std::isfinite(value));
           ASSERT_EQ(std::isfinite(bucket.at(index)), std::isfinite(value));
           ASSERT_EQ(bucket.at(index == 0 ? 1 : index - 1), 0.0f);
@@ -227,25 +234,37 @@ TEST(DecodeApply, ANonFiniteResultIsReportedWhereverItLies) {
     }
 }
 
-TEST(CheckGathered, NamesTheRankAndTheField) {
-  const Layout layout = Layout::make(Numbers{100, 10}, Numbers{0, -1}, Numbers{7});
-  const Bytes good = random_gathered(layout, 4, 12, 10);
-  EXPECT_EQ(check_gathered(layout, good.data(), 4, 12), "");
-  for (int64_t rank = 0; rank < 4; ++rank) {
-    Bytes bad = good;
-    payload_entries(layout, payload_of(layout, bad, rank)).indices[6] = 100;
-    EXPECT_EQ(check_gathered(layout, bad.data(), 4, 12),
-              "the payload of rank " + std::to_string(rank) +
-                  " is not what this rank expects (the indices of group 0 are not strictly ascending in [0, 99])");
+TEST(DecodeApply, EveryValueFormatGivesTheSumOfWhatItDecodesTo) {
+  constexpr uint64_t kSeed = 13;
+  SCOPED_TRACE("seed " + std::to_string(kSeed));
+  for (const ValueFormat value_format : testing::kValueFormats) {
+    SCOPED_TRACE(name_of(value_format));
+    const Layout layout =
+        Layout::make(Numbers{4000, 100, 60000, 3, 8192, 1}, Numbers{0, 1, 2, -1, 3, 4}, Numbers{40, 100, 20000, 82, 1}, value_format);
+    const Bytes gathered = random_gathered(layout, 3, 0, kSeed);
+    for (const Cut& cut : all_cuts())
+      expect_equal(reference(layout, gathered, 3, GradientType::kFloat32), decoded(layout, gathered, 3, GradientType::kFloat32, cut));
   }
-  EXPECT_EQ(check_gathered(layout, good.data(), 4, 13), "the payload of rank 0 is not what this rank expects (step: expected 13, got 12)");
 }
 
-TEST(CheckGathered, PayloadsInAnotherOrderAreRefused) {
+TEST(Decode, NamesTheRankAndTheField) {
+  const Layout layout = Layout::make(Numbers{100, 10}, Numbers{0, -1}, Numbers{7});
+  const Bytes good = random_gathered(layout, 4, 12, 10);
+  EXPECT_EQ(testing::refusal_of(layout, good, 4, 12), "");
+  for (int64_t rank = 0; rank < 4; ++rank) {
+    Bytes bad = good;
+    payload_of(layout, bad, rank)[payload_sections(layout).low + 6] = 100;
+    EXPECT_EQ(testing::refusal_of(layout, bad, 4, 12),
+              "the payload of rank " + std::to_string(rank) + " is not what this rank expects (the indices of group 0 are not in [0, 99])");
+  }
+  EXPECT_EQ(testing::refusal_of(layout, good, 4, 13), "the payload of rank 0 is not what this rank expects (step: expected 13, got 12)");
+}
+
+TEST(Decode, PayloadsInAnotherOrderAreRefused) {
   const Layout layout = testing::one_group(100, 7);
   Bytes gathered = random_gathered(layout, 2, 0, 11);
   std::swap_ranges(gathered.begin(), gathered.begin() + payload_bytes(layout), gathered.begin() + payload_bytes(layout));
-  EXPECT_EQ(check_gathered(layout, gathered.data(), 2, 0), "the payload of rank 0 is not what this rank expects (rank: expected 0, got 1)");
+  EXPECT_EQ(testing::refusal_of(layout, gathered, 2, 0), "the payload of rank 0 is not what this rank expects (rank: expected 0, got 1)");
 }
 
 } // namespace

@@ -17,27 +17,138 @@ using Numbers = std::vector<int64_t>;
 Layout layout_with_dense_parts() { return Layout::make(Numbers{3, 6, 5, 0, 2}, Numbers{-1, 0, -1, -1, 1}, Numbers{2, 1}); }
 
 std::span<const float> dense_of(const Layout& layout, const std::vector<uint8_t>& payload) {
-  return {payload_dense(layout, payload.data()), static_cast<size_t>(layout.dense_numel)};
+  return {reinterpret_cast<const float*>(payload.data() + payload_sections(layout).dense), static_cast<size_t>(layout.dense_numel)};
 }
 
 std::vector<uint8_t> blank_payload(const Layout& layout) { return std::vector<uint8_t>(static_cast<size_t>(payload_bytes(layout)), 0xff); }
 
-TEST(Encode, SelectedEntriesComeBackAsTheyWere) {
+TEST(Encode, Fp32EntriesComeBackAsTheyWere) {
   const Layout layout = layout_with_dense_parts();
   const std::vector<int32_t> indices{4, 8, 15};
   const std::vector<float> values{-0.0f, float_of(0x7fc00000), HUGE_VALF};
-  std::vector<uint8_t> payload = blank_payload(layout);
-  encode_selected(layout, values.data(), indices.data(), payload.data());
-  EXPECT_TRUE(same_integers(indices, {payload_indices(layout, payload.data()), 3}));
-  EXPECT_TRUE(same_bits(values, {payload_values(layout, payload.data()), 3}));
+  const Entries entries = testing::entries_of(layout, testing::payload_of_entries(layout, indices, values, nullptr, 0, 1, 0).data());
+  EXPECT_TRUE(same_integers(indices, entries.indices));
+  EXPECT_TRUE(same_bits(values, entries.values));
 }
 
-TEST(Encode, SelectionMayBeWrittenInPlace) {
-  const Layout layout = layout_with_dense_parts();
+TEST(Encode, IndicesComeBackWhateverTheirPattern) {
+  constexpr uint64_t kSeed = 2;
+  SCOPED_TRACE("seed " + std::to_string(kSeed));
+  testing::Random random(kSeed);
+  struct Case {
+    int64_t numel, k;
+  };
+  // Around the borders of low bytes, words, directory strides and pieces; all, one, and hardly any of the entries.
+  for (const auto& [numel, k] : std::vector<Case>{{1, 1},
+                                                  {256, 1},
+                                                  {257, 1},
+                                                  {256, 256},
+                                                  {300, 255},
+                                                  {300, 256},
+                                                  {300, 257},
+                                                  {70000, 2},
+                                                  {70000, 70000},
+                                                  {1 << 20, 300},
+                                                  {kPieceNumel + 1, kPieceNumel + 1},
+                                                  {300000, 2 * kPieceNumel},
+                                                  {300000, 2 * kPieceNumel + 77},
+                                                  {1 << 22, 3 * kPieceNumel + 1}}) {
+    SCOPED_TRACE("numel " + std::to_string(numel) + ", k " + std::to_string(k));
+    const Layout layout = testing::one_group(numel, k);
+    std::vector<int32_t> first(static_cast<size_t>(k)), last = first;
+    for (int64_t e = 0; e < k; ++e) {
+      first[static_cast<size_t>(e)] = static_cast<int32_t>(e);
+      last[static_cast<size_t>(e)] = static_cast<int32_t>(numel - k + e);
+    }
+    for (const std::vector<int32_t>& indices : {testing::random_indices(layout, random), first, last}) {
+      const std::vector<float> values(indices.size(), 1.0f);
+      for (const testing::Cut& cut : testing::all_cuts()) {
+        std::vector<uint8_t> payload = blank_payload(layout);
+        encode_selected(layout, {values.data(), indices.data(), nullptr, false, payload.data()}, cut.parallel_for);
+        encode_header(layout, 0, 1, 0, false, payload.data());
+        Entries entries;
+        ASSERT_EQ(decode_own(layout, payload.data(), entries, cut.parallel_for), "") << cut.name;
+        ASSERT_TRUE(same_integers(indices, entries.indices)) << cut.name;
+      }
+    }
+  }
+}
+
+struct Lossy { // what came back of the values, and what the residual holds then
+  std::vector<float> decoded, residual;
+  double lost_sq;
+};
+
+Lossy encoded(ValueFormat value_format, const std::vector<float>& values, std::vector<float> residual, bool non_finite = false) {
+  const auto k = static_cast<int64_t>(values.size());
+  const Layout layout = Layout::make(Numbers{k}, Numbers{0}, Numbers{k}, value_format);
+  std::vector<int32_t> indices(values.size());
+  for (size_t i = 0; i < indices.size(); ++i) indices[i] = static_cast<int32_t>(i);
   std::vector<uint8_t> payload = blank_payload(layout);
-  const PayloadEntries entries = payload_entries(layout, payload.data());
-  EXPECT_EQ(entries.indices, payload_indices(layout, payload.data()));
-  EXPECT_EQ(entries.values, payload_values(layout, payload.data()));
+  float* const residuals[] = {residual.data()};
+  const double lost_sq =
+      encode_selected(layout, {values.data(), indices.data(), residuals, non_finite, payload.data()}, testing::in_one_go);
+  encode_header(layout, 0, 1, 0, non_finite, payload.data());
+  return {testing::entries_of(layout, payload.data()).values, residual, lost_sq};
+}
+
+TEST(Encode, Bf16ValuesAreRoundedToNearestEvenAndTheResidualKeepsTheRestExactly) {
+  constexpr uint64_t kSeed = 3;
+  SCOPED_TRACE("seed " + std::to_string(kSeed));
+  std::vector<float> values = testing::normal_values(50000, kSeed);
+  for (const uint32_t bits : {0x3f808000u, 0x3f818000u, 0xbf808000u, 0x3f807fffu, 0x3f808001u, 0x00000001u, 0x80008000u, 0x007fffffu})
+    values.push_back(float_of(bits));
+  const Lossy result = encoded(ValueFormat::kBFloat16, values, std::vector<float>(values.size()));
+  double lost_sq = 0;
+  for (size_t i = 0; i < values.size(); ++i) {
+    BFloat16 nearest;
+    from_float(values[i], nearest);
+    ASSERT_EQ(testing::bits_of(result.decoded[i]), testing::bits_of(to_float(nearest))) << i;
+    ASSERT_EQ(result.decoded[i] + static_cast<double>(result.residual[i]), values[i]) << i;
+    lost_sq += static_cast<double>(result.residual[i]) * result.residual[i];
+  }
+  EXPECT_NEAR(result.lost_sq, lost_sq, 1e-12 * lost_sq);
+}
+
+TEST(Encode, Bf16NeverMakesAFiniteValueInfinite) {
+  const float largest = float_of(0x7f7fffff);
+  const Lossy result =
+      encoded(ValueFormat::kBFloat16, {largest, -largest, HUGE_VALF, -HUGE_VALF, float_of(0xffc12345)}, {0, 0, 1, 2, 3}, true);
+  EXPECT_TRUE(same_bits(std::vector<float>{float_of(0x7f7f0000), float_of(0xff7f0000), HUGE_VALF, -HUGE_VALF, float_of(kCanonicalNanBits)},
+                        result.decoded));
+  EXPECT_TRUE(
+      same_bits(std::vector<float>{float_of(0x7f7fffff) - float_of(0x7f7f0000), float_of(0x7f7f0000) - float_of(0x7f7fffff), 1, 2, 3},
+                result.residual))
+      << "non-finite entries leave the residual alone";
+}
+
+TEST(Encode, SignValuesCountTheMeanMagnitudeOfTheirGroup) {
+  const Lossy result = encoded(ValueFormat::kSign, {3.0f, -1.0f, 2.0f, -0.0f}, {0, 0, 0, 0});
+  EXPECT_TRUE(same_bits(std::vector<float>{1.5f, -1.5f, 1.5f, -1.5f}, result.decoded));
+  EXPECT_TRUE(same_bits(std::vector<float>{1.5f, 0.5f, 0.5f, 1.5f}, result.residual));
+  EXPECT_EQ(result.lost_sq, 2.25 + 0.25 + 0.25 + 2.25);
+}
+
+TEST(Encode, TheScaleOfSignsIsTheRoundedMeanWhateverTheOrder) {
+  constexpr uint64_t kSeed = 4;
+  SCOPED_TRACE("seed " + std::to_string(kSeed));
+  testing::Random random(kSeed);
+  for (const int spread : {0, 1, 20, 120}) {
+    std::vector<float> values = testing::normal_values(3001, kSeed);
+    for (float& value : values) value = std::ldexp(value, static_cast<int>(random.integer(-spread, spread + 1)));
+    long double sum = 0;
+    for (const float value : values) sum += std::abs(static_cast<long double>(value));
+    const float scale = encoded(ValueFormat::kSign, values, values).decoded[0];
+    EXPECT_FLOAT_EQ(std::abs(scale), static_cast<float>(sum / static_cast<long double>(values.size())));
+    std::reverse(values.begin(), values.end());
+    EXPECT_EQ(std::abs(encoded(ValueFormat::kSign, values, values).decoded[0]), std::abs(scale));
+  }
+}
+
+TEST(Encode, ANonFiniteBucketSendsSignsThatCountNothing) {
+  const Lossy result = encoded(ValueFormat::kSign, {3.0f, HUGE_VALF, -2.0f}, {0.0f, 7.0f, 0.0f}, true);
+  for (const float value : result.decoded) EXPECT_EQ(value, 0.0f);
+  EXPECT_TRUE(same_bits(std::vector<float>{3.0f, 7.0f, -2.0f}, result.residual));
 }
 
 TEST(Encode, DenseSegmentsTravelAsFp32InBucketOrderForEveryType) {
@@ -61,7 +172,8 @@ TEST(Encode, WritesTheDensePartOnly) {
   const std::vector<float> gradient(static_cast<size_t>(layout.numel));
   encode_dense(layout, gradient.data(), GradientType::kFloat32, nullptr, payload.data());
   for (int64_t i = 0; i < payload_bytes(layout); ++i) {
-    const bool inside = i >= dense_offset_bytes(layout) && i < dense_offset_bytes(layout) + 4 * layout.dense_numel;
+    const int64_t dense = payload_sections(layout).dense;
+    const bool inside = i >= dense && i < dense + 4 * layout.dense_numel;
     EXPECT_EQ(payload[static_cast<size_t>(i)], inside ? 0x00 : 0xff) << "byte " << i;
   }
 }
@@ -122,10 +234,17 @@ TEST(Encode, HeaderSaysWhoSentWhatAndThePaddingIsCleared) {
   EXPECT_EQ(header.selected_numel, 3);
   EXPECT_EQ(header.dense_numel, 8);
   EXPECT_EQ(header.payload_bytes, payload_bytes(layout));
-  const int64_t used_bytes = dense_offset_bytes(layout) + 4 * layout.dense_numel;
-  ASSERT_LT(used_bytes, payload_bytes(layout));
-  for (int64_t i = 64; i < payload_bytes(layout); ++i)
-    EXPECT_EQ(payload[static_cast<size_t>(i)], i < used_bytes ? 0xff : 0x00) << "byte " << i;
+  const auto in_a_gap = [&](int64_t byte) {
+    for (const Gap& gap : payload_gaps(layout))
+      if (byte >= gap.begin && byte < gap.end) return true;
+    return false;
+  };
+  int64_t num_cleared = 0;
+  for (int64_t i = 64; i < payload_bytes(layout); ++i) {
+    EXPECT_EQ(payload[static_cast<size_t>(i)], in_a_gap(i) ? 0x00 : 0xff) << "byte " << i;
+    num_cleared += in_a_gap(i);
+  }
+  EXPECT_GT(num_cleared, 0);
 }
 
 TEST(Encode, ABucketWithoutSelectionsOrWithoutDensePartsIsFine) {
@@ -133,7 +252,7 @@ TEST(Encode, ABucketWithoutSelectionsOrWithoutDensePartsIsFine) {
   std::vector<uint8_t> payload = blank_payload(dense_only);
   const std::vector<float> gradient{1, 2, 3, 4};
   encode_dense(dense_only, gradient.data(), GradientType::kFloat32, nullptr, payload.data());
-  encode_selected(dense_only, nullptr, nullptr, payload.data());
+  encode_selected(dense_only, {nullptr, nullptr, nullptr, false, payload.data()}, testing::in_one_go);
   encode_header(dense_only, 0, 1, 0, false, payload.data());
   EXPECT_TRUE(same_bits(gradient, dense_of(dense_only, payload)));
 

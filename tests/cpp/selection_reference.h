@@ -312,7 +312,8 @@ struct Filtered {
 };
 
 // The contract at the head of compensate_select_filter.h.
-inline Filtered reference_filter(FilterSource source, const TypedBuffer& gradient, const std::vector<float>& residual, uint32_t low_key) {
+inline Filtered reference_filter(FilterSource source, Kept kept, const TypedBuffer& gradient, const std::vector<float>& residual,
+                                 uint32_t low_key) {
   Filtered result;
   result.residual = residual;
   for (int64_t i = 0; i < gradient.numel(); ++i) {
@@ -327,21 +328,22 @@ inline Filtered reference_filter(FilterSource source, const TypedBuffer& gradien
       result.values.push_back(acc);
       result.indices.push_back(static_cast<int32_t>(i));
       result.non_finite += !std::isfinite(acc);
-      if (source != FilterSource::kGradient && std::isfinite(acc)) r = 0.0f;
+      if (source != FilterSource::kGradient && std::isfinite(acc))
+        r = kept == Kept::kZero ? 0.0f : acc - to_float(BFloat16{wire_bfloat16(acc)});
     }
   }
   return result;
 }
 
-inline void expect_filter(const FilterKernels& kernels, FilterSource source, const TypedBuffer& gradient,
+inline void expect_filter(const FilterKernels& kernels, FilterSource source, Kept kept, const TypedBuffer& gradient,
                           const std::vector<float>& residual, uint32_t low_key) {
-  const Filtered expected = reference_filter(source, gradient, residual, low_key);
+  const Filtered expected = reference_filter(source, kept, gradient, residual, low_key);
   std::vector<float> actual_residual = residual;
   // Exactly the room that the contract grants: AddressSanitizer sees any step beyond.
   const auto room = static_cast<size_t>(gradient.numel() + kFilterSlack);
   std::vector<float> values(room);
   std::vector<int32_t> indices(room);
-  const FilterResult actual = kernels.table[static_cast<int>(gradient.type())][static_cast<int>(source)](
+  const FilterResult actual = kernels.of(gradient.type(), source, kept)(
       {source == FilterSource::kResidual ? nullptr : gradient.data(), source == FilterSource::kGradient ? nullptr : actual_residual.data(),
        gradient.numel(), low_key, values.data(), indices.data()});
   ASSERT_EQ(actual.count, static_cast<int64_t>(expected.values.size()));
@@ -356,6 +358,16 @@ inline void expect_filter(const FilterKernels& kernels, FilterSource source, con
   ASSERT_EQ(actual.non_finite, expected.non_finite);
   ASSERT_TRUE(sums_near("gradient_sq", expected.gradient_sq, actual.gradient_sq, 1e-4));
   ASSERT_TRUE(sums_near("residual_sq", expected.residual_sq, actual.residual_sq, 1e-4));
+}
+
+// Both things that may be kept.
+inline void expect_filter(const FilterKernels& kernels, FilterSource source, const TypedBuffer& gradient,
+                          const std::vector<float>& residual, uint32_t low_key) {
+  for (const Kept kept : {Kept::kZero, Kept::kLostByBFloat16}) {
+    SCOPED_TRACE(kept == Kept::kZero ? "0 is kept" : "what bf16 loses is kept");
+    expect_filter(kernels, source, kept, gradient, residual, low_key);
+    if (::testing::Test::HasFatalFailure()) return;
+  }
 }
 
 // All types and sources; low keys at, just below and just above keys that occur, and the two ends of what is allowed.

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/decode.h"
 #include "cpu/encode.h"
 #include "cpu/float_types.h"
 #include "layout.h"
@@ -26,6 +27,8 @@
 namespace compressed_ddp::testing {
 
 inline constexpr std::array kGradientTypes = {GradientType::kFloat32, GradientType::kFloat16, GradientType::kBFloat16};
+
+inline constexpr std::array kValueFormats = {ValueFormat::kFloat32, ValueFormat::kBFloat16, ValueFormat::kSign};
 
 inline const char* name_of(GradientType type) {
   constexpr const char* kNames[] = {"float32", "float16", "bfloat16"};
@@ -179,11 +182,23 @@ inline Layout one_group(int64_t numel, int64_t k) {
 
 // ---- payloads
 
-// What one rank could have sent: in every group k positions drawn at random, with values, and a dense part. Valid for check_payload.
-// The vector has exactly payload_bytes(layout) bytes, so that AddressSanitizer sees any step beyond.
-inline std::vector<uint8_t> random_payload(const Layout& layout, uint32_t rank, uint32_t world_size, int64_t step, uint64_t seed,
-                                           bool non_finite = false) {
-  Random random(seed * 1000 + rank);
+inline constexpr auto in_one_go = [](int64_t count, auto&& run) { run(int64_t{0}, count); }; // a parallel_for
+
+// A payload of these entries [selected_numel], in whatever value format the layout has, with a dense part from `gradient` [numel] (nullptr:
+// zeros). The vector has exactly payload_bytes(layout) bytes, so that AddressSanitizer sees any step beyond.
+inline std::vector<uint8_t> payload_of_entries(const Layout& layout, const std::vector<int32_t>& indices, const std::vector<float>& values,
+                                               const float* gradient, uint32_t rank, uint32_t world_size, int64_t step,
+                                               bool non_finite = false) {
+  std::vector<uint8_t> payload(static_cast<size_t>(payload_bytes(layout)), 0xff);
+  const std::vector<float> zeros(static_cast<size_t>(layout.numel));
+  encode_dense(layout, gradient == nullptr ? zeros.data() : gradient, GradientType::kFloat32, nullptr, payload.data());
+  encode_selected(layout, {values.data(), indices.data(), nullptr, non_finite, payload.data()}, in_one_go);
+  encode_header(layout, rank, world_size, step, non_finite, payload.data());
+  return payload;
+}
+
+// In every group k positions drawn at random.
+inline std::vector<int32_t> random_indices(const Layout& layout, Random& random) {
   std::vector<int32_t> indices;
   for (size_t g = 0; g < layout.groups.size(); ++g) {
     int64_t wanted = layout.groups[g].k, left = layout.groups[g].numel;
@@ -196,12 +211,35 @@ inline std::vector<uint8_t> random_payload(const Layout& layout, uint32_t rank, 
       }
     }
   }
+  return indices;
+}
+
+// What one rank could have sent: random entries and a dense part. Receivers accept it.
+inline std::vector<uint8_t> random_payload(const Layout& layout, uint32_t rank, uint32_t world_size, int64_t step, uint64_t seed,
+                                           bool non_finite = false) {
+  Random random(seed * 1000 + rank);
+  const std::vector<int32_t> indices = random_indices(layout, random);
   const std::vector<float> values = normal_values(layout.selected_numel, random.bits());
-  std::vector<uint8_t> payload(static_cast<size_t>(payload_bytes(layout)), 0xff);
-  encode_dense(layout, normal_values(layout.numel, random.bits()).data(), GradientType::kFloat32, nullptr, payload.data());
-  encode_selected(layout, values.data(), indices.data(), payload.data());
-  encode_header(layout, rank, world_size, step, non_finite, payload.data());
-  return payload;
+  return payload_of_entries(layout, indices, values, normal_values(layout.numel, random.bits()).data(), rank, world_size, step, non_finite);
+}
+
+inline Entries entries_of(const Layout& layout, const uint8_t* payload) {
+  Entries entries;
+  EXPECT_EQ(decode_own(layout, payload, entries, in_one_go), "");
+  return entries;
+}
+
+// Empty, or why a receiver refuses the payloads.
+inline std::string refusal_of(const Layout& layout, const std::vector<uint8_t>& gathered, int64_t world_size, int64_t step) {
+  Entries entries;
+  return decode(layout, gathered.data(), world_size, step, entries, in_one_go);
+}
+// The same of one payload, without the words around it.
+inline std::string refusal_of_one(const Layout& layout, const std::vector<uint8_t>& payload, uint32_t rank, uint32_t world_size,
+                                  int64_t step) {
+  const std::string problem = check_header(layout, payload.data(), rank, world_size, step);
+  Entries entries;
+  return problem.empty() ? decode_entries(layout, payload.data(), 1, entries, in_one_go).why : problem;
 }
 
 inline std::vector<uint8_t> random_gathered(const Layout& layout, int64_t world_size, int64_t step, uint64_t seed) {

@@ -12,11 +12,12 @@ namespace {
 
 using testing::Random;
 using testing::random_payload;
+using testing::refusal_of_one;
 using testing::TypedBuffer;
 using Bytes = std::vector<uint8_t>;
 using Numbers = std::vector<int64_t>;
 
-// Two tensor groups with a dense segment between: the layout of data/payload_v1.txt.
+// Two tensor groups with a dense segment between.
 Layout small_layout() { return Layout::make(Numbers{6, 2, 4}, Numbers{0, -1, 1}, Numbers{2, 1}); }
 
 // One bucket group around a dense segment, then another group.
@@ -42,6 +43,7 @@ TEST(WireFormat, HeaderFieldsLieWhereTheDocumentSays) {
   EXPECT_EQ(offsetof(PayloadHeader, magic), 0u);
   EXPECT_EQ(offsetof(PayloadHeader, version), 4u);
   EXPECT_EQ(offsetof(PayloadHeader, flags), 6u);
+  EXPECT_EQ(offsetof(PayloadHeader, value_format), 7u);
   EXPECT_EQ(offsetof(PayloadHeader, rank), 8u);
   EXPECT_EQ(offsetof(PayloadHeader, world_size), 12u);
   EXPECT_EQ(offsetof(PayloadHeader, layout_hash), 16u);
@@ -50,25 +52,31 @@ TEST(WireFormat, HeaderFieldsLieWhereTheDocumentSays) {
   EXPECT_EQ(offsetof(PayloadHeader, selected_numel), 40u);
   EXPECT_EQ(offsetof(PayloadHeader, dense_numel), 48u);
   EXPECT_EQ(offsetof(PayloadHeader, payload_bytes), 56u);
-  EXPECT_EQ(kWireVersion, 1);
+  EXPECT_EQ(kWireVersion, 2);
   EXPECT_EQ(kFlagNonFinite, 1);
 }
 
-TEST(WireFormat, SectionsFollowOneAnotherAndTheSizeIsAMultipleOf64) {
-  const Layout layout = small_layout();
-  EXPECT_EQ(indices_offset_bytes(), 64);
-  EXPECT_EQ(values_offset_bytes(layout), 64 + 4 * 3);
-  EXPECT_EQ(dense_offset_bytes(layout), 64 + 8 * 3);
-  EXPECT_EQ(payload_bytes(layout), 128);
+// docs/wire_format.md, added up another way.
+int64_t expected_bytes(int64_t numel, int64_t k, int64_t dense_numel, int64_t num_groups, ValueFormat value_format) {
+  const auto up = [](int64_t bytes, int64_t multiple) { return (bytes + multiple - 1) / multiple * multiple; };
+  const int64_t value_bits = value_format == ValueFormat::kFloat32 ? 32 * k : value_format == ValueFormat::kBFloat16 ? 16 * k : up(k, 32);
+  int64_t bytes = 64 + up((k + 255) / 256 * 4, 8);
+  if (k > 0) bytes += up(k + (numel - 1) / 256, 64) / 8;
+  if (value_format == ValueFormat::kSign) bytes += up(4 * num_groups, 8);
+  return up(bytes + up(4 * dense_numel, 8) + up(value_bits / 8, 8) + k, 64);
+}
 
-  for (int64_t k = 1; k <= 40; ++k)
-    for (int64_t dense_numel = 0; dense_numel <= 20; ++dense_numel) {
-      const Layout other = Layout::make(Numbers{40, dense_numel}, Numbers{0, -1}, Numbers{k});
-      const int64_t used_bytes = 64 + 8 * k + 4 * dense_numel;
-      ASSERT_EQ(payload_bytes(other) % 64, 0);
-      ASSERT_GE(payload_bytes(other), used_bytes);
-      ASSERT_LT(payload_bytes(other), used_bytes + 64);
-    }
+TEST(WireFormat, SectionsFollowOneAnotherAlignedAndTheSizeIsAMultipleOf64) {
+  for (const ValueFormat value_format : testing::kValueFormats)
+    for (const int64_t numel : {40, 256, 257, 5000})
+      for (const int64_t k : {1, 2, 3, 31, 32, 33, 40})
+        for (int64_t dense_numel = 0; dense_numel <= 20; ++dense_numel) {
+          const Layout layout = Layout::make(Numbers{numel, dense_numel}, Numbers{0, -1}, Numbers{k}, value_format);
+          const PayloadSections s = payload_sections(layout);
+          ASSERT_EQ(s.directory, 64);
+          for (const int64_t begin : {s.directory, s.high, s.scales, s.dense, s.values, s.low}) ASSERT_EQ(begin % 8, 0);
+          ASSERT_EQ(payload_bytes(layout), expected_bytes(numel + dense_numel, k, dense_numel, 1, value_format));
+        }
 }
 
 TEST(WireFormat, AnEmptyBucketIsAHeader) { EXPECT_EQ(payload_bytes(Layout::make({}, {}, {})), 64); }
@@ -76,26 +84,23 @@ TEST(WireFormat, AnEmptyBucketIsAHeader) { EXPECT_EQ(payload_bytes(Layout::make(
 TEST(WireFormat, TheLargestBucketDoesNotOverflow) {
   constexpr int64_t kLimit = 2147483647;
   const Layout layout = Layout::make(Numbers{kLimit}, Numbers{0}, Numbers{kLimit});
-  EXPECT_EQ(payload_bytes(layout), (64 + 8 * kLimit + 63) / 64 * 64);
+  EXPECT_EQ(payload_bytes(layout), expected_bytes(kLimit, kLimit, 0, 1, ValueFormat::kFloat32));
 }
 
-TEST(WireFormat, EncodesTheGoldenPayloadByteForByte) {
-  const Bytes golden = read_hex_file(COMPRESSED_DDP_TEST_DATA "/payload_v1.txt");
-  const Layout layout = small_layout();
-  ASSERT_EQ(static_cast<int64_t>(golden.size()), payload_bytes(layout));
-
-  const std::vector<int32_t> indices{1, 4, 10};
-  const std::vector<float> values{1.5f, -2.0f, 0.25f};
-  std::vector<float> gradient(12, 99.0f);
-  gradient[6] = 3.0f;
-  gradient[7] = -0.0f;
-  Bytes payload(golden.size(), 0xff);
-  encode_dense(layout, gradient.data(), GradientType::kFloat32, nullptr, payload.data());
-  encode_selected(layout, values.data(), indices.data(), payload.data());
-  encode_header(layout, 1, 2, 5, false, payload.data());
-  for (size_t i = 0; i < golden.size(); ++i) EXPECT_EQ(payload[i], golden[i]) << "byte " << i;
-
-  EXPECT_EQ(check_payload(layout, golden.data(), 1, 2, 5), "");
+TEST(WireFormat, EncodesTheGoldenPayloadsByteForByte) {
+  for (const ValueFormat value_format : testing::kValueFormats) {
+    SCOPED_TRACE(name_of(value_format));
+    const Bytes golden = read_hex_file(std::string(COMPRESSED_DDP_TEST_DATA "/payload_v2_") + name_of(value_format) + ".txt");
+    const Layout layout = Layout::make(Numbers{300, 2, 298}, Numbers{0, -1, 1}, Numbers{3, 2}, value_format);
+    ASSERT_EQ(static_cast<int64_t>(golden.size()), payload_bytes(layout));
+    std::vector<float> gradient(600, 99.0f);
+    gradient[300] = 3.0f;
+    gradient[301] = -0.0f;
+    const Bytes payload =
+        testing::payload_of_entries(layout, {1, 255, 256, 302, 599}, {1.5f, -2.0f, 1.00390625f, -0.375f, 0.25f}, gradient.data(), 1, 2, 5);
+    for (size_t i = 0; i < golden.size(); ++i) EXPECT_EQ(payload[i], golden[i]) << "byte " << i;
+    EXPECT_EQ(refusal_of_one(layout, golden, 1, 2, 5), "");
+  }
 }
 
 TEST(WireFormat, TheFlagIsTheOnlyDifferenceOfANonFinitePayload) {
@@ -112,7 +117,11 @@ TEST(WireFormat, TheFlagIsTheOnlyDifferenceOfANonFinitePayload) {
 
 TEST(CheckPayload, AcceptsWhatWasEncoded) {
   for (const Layout& layout : {small_layout(), bucket_layout(), Layout::make(Numbers{5}, Numbers{-1}, {}), Layout::make({}, {}, {})})
-    EXPECT_EQ(check_payload(layout, random_payload(layout, 3, 4, 9, 2).data(), 3, 4, 9), "");
+    for (const ValueFormat value_format : testing::kValueFormats) {
+      Layout formatted = layout;
+      formatted.value_format = value_format;
+      EXPECT_EQ(refusal_of_one(formatted, random_payload(formatted, 3, 4, 9, 2), 3, 4, 9), "");
+    }
 }
 
 TEST(CheckPayload, NamesEveryWrongFieldOfTheHeader) {
@@ -123,7 +132,8 @@ TEST(CheckPayload, NamesEveryWrongFieldOfTheHeader) {
   const Layout layout = small_layout();
   const std::vector<Field> fields = {
       {offsetof(PayloadHeader, magic), "magic: expected 1346651203, got 1346651202"},
-      {offsetof(PayloadHeader, version), "wire format version: expected 1, got 0; install the same compressed_ddp on every rank"},
+      {offsetof(PayloadHeader, version), "wire format version: expected 2, got 3; install the same compressed_ddp on every rank"},
+      {offsetof(PayloadHeader, value_format), "value_format: expected fp32, got bf16"},
       {offsetof(PayloadHeader, rank), "rank: expected 3, got 2"},
       {offsetof(PayloadHeader, world_size), "world_size: expected 5, got 4"},
       {offsetof(PayloadHeader, layout_hash), "layout_hash differs: other segments, groups or k"},
@@ -135,7 +145,7 @@ TEST(CheckPayload, NamesEveryWrongFieldOfTheHeader) {
   for (const Field& field : fields) {
     Bytes payload = random_payload(layout, 3, 5, 9, 3);
     payload[field.offset] ^= 1;
-    EXPECT_EQ(check_payload(layout, payload.data(), 3, 5, 9), field.words);
+    EXPECT_EQ(refusal_of_one(layout, payload, 3, 5, 9), field.words);
   }
 }
 
@@ -146,7 +156,7 @@ TEST(CheckPayload, AnyBitOfTheHeaderButTheNonFiniteFlagMakesADifference) {
     if (bit == 8 * offsetof(PayloadHeader, flags)) continue; // kFlagNonFinite
     Bytes payload = good;
     payload[bit / 8] ^= static_cast<uint8_t>(1 << bit % 8);
-    EXPECT_NE(check_payload(layout, payload.data(), 0, 2, 0), "") << "bit " << bit;
+    EXPECT_NE(refusal_of_one(layout, payload, 0, 2, 0), "") << "bit " << bit;
   }
 }
 
@@ -154,58 +164,73 @@ TEST(CheckPayload, APayloadOfAnotherLayoutOfTheSameSizeIsRefused) {
   const Layout mine = Layout::make(Numbers{6, 6}, Numbers{0, 1}, Numbers{2, 1});
   const Layout theirs = Layout::make(Numbers{6, 6}, Numbers{0, 1}, Numbers{1, 2});
   ASSERT_EQ(payload_bytes(mine), payload_bytes(theirs));
-  EXPECT_EQ(check_payload(mine, random_payload(theirs, 0, 1, 0, 5).data(), 0, 1, 0), "layout_hash differs: other segments, groups or k");
+  EXPECT_EQ(refusal_of_one(mine, random_payload(theirs, 0, 1, 0, 5), 0, 1, 0), "layout_hash differs: other segments, groups or k");
 }
 
-// Payloads whose indices are replaced by the given ones.
-std::string check_with_indices(const Layout& layout, const std::vector<int32_t>& indices) {
-  Bytes payload = random_payload(layout, 0, 1, 0, 6);
-  EXPECT_EQ(static_cast<int64_t>(indices.size()), layout.selected_numel);
-  std::memcpy(payload.data() + indices_offset_bytes(), indices.data(), indices.size() * 4);
-  return check_payload(layout, payload.data(), 0, 1, 0);
-}
-
-TEST(CheckPayload, RefusesIndicesThatDoNotAscendInsideTheirGroup) {
+TEST(CheckPayload, RefusesIndicesOutsideTheirGroup) {
   const Layout layout = small_layout(); // group 0: two of 0 .. 5, group 1: one of 8 .. 11
-  const std::string group0 = "the indices of group 0 are not strictly ascending in [0, 5]";
-  const std::string group1 = "the indices of group 1 are not strictly ascending in [8, 11]";
-  constexpr int32_t kMin = std::numeric_limits<int32_t>::min(), kMax = std::numeric_limits<int32_t>::max();
-  EXPECT_EQ(check_with_indices(layout, {0, 5, 8}), "");
-  EXPECT_EQ(check_with_indices(layout, {4, 5, 11}), "");
-  EXPECT_EQ(check_with_indices(layout, {4, 1, 8}), group0) << "descending";
-  EXPECT_EQ(check_with_indices(layout, {3, 3, 8}), group0) << "duplicate";
-  EXPECT_EQ(check_with_indices(layout, {-1, 3, 8}), group0) << "negative";
-  EXPECT_EQ(check_with_indices(layout, {kMin, 3, 8}), group0) << "very negative";
-  EXPECT_EQ(check_with_indices(layout, {3, 6, 8}), group0) << "in the dense segment behind";
-  EXPECT_EQ(check_with_indices(layout, {3, kMax, 8}), group0) << "far out of range";
-  EXPECT_EQ(check_with_indices(layout, {0, 5, 7}), group1) << "in the dense segment before";
-  EXPECT_EQ(check_with_indices(layout, {0, 5, 12}), group1) << "out of the bucket";
-  EXPECT_EQ(check_with_indices(layout, {0, 5, -8}), group1) << "negative in a later group";
+  const auto refusal = [&](const std::vector<int32_t>& indices) {
+    return refusal_of_one(layout, testing::payload_of_entries(layout, indices, {1, 2, 3}, nullptr, 0, 1, 0), 0, 1, 0);
+  };
+  const std::string group0 = "the indices of group 0 are not in [0, 5]", group1 = "the indices of group 1 are not in [8, 11]";
+  EXPECT_EQ(refusal({0, 5, 8}), "");
+  EXPECT_EQ(refusal({4, 5, 11}), "");
+  EXPECT_EQ(refusal({3, 6, 8}), group0) << "in the dense segment behind";
+  EXPECT_EQ(refusal({3, 9, 10}), group0) << "in the next group";
+  EXPECT_EQ(refusal({0, 5, 7}), group1) << "in the dense segment before";
+  EXPECT_EQ(refusal({0, 5, 12}), group1) << "out of the bucket";
+  EXPECT_EQ(refusal({0, 5, 255}), group1) << "far out";
 }
 
-TEST(CheckPayload, ADisorderAnywhereAmongManyIndicesIsFound) {
-  const Layout layout = testing::one_group(400, 200);
+constexpr const char* kNoIndices = "its index bits are no strictly ascending indices";
+
+TEST(CheckPayload, EveryBitOfTheIndicesMattersAndNoneIsMistakenForAnother) {
+  // A changed bit of the high part changes how many there are or moves an index; one of the low part breaks the order or is another index,
+  // which is for nobody to know. All sent entries share index >> 8 here, so that an order is broken where one can be.
+  const Layout layout = testing::one_group(256, 200);
   std::vector<int32_t> indices(200);
-  for (size_t i = 0; i < indices.size(); ++i) indices[i] = static_cast<int32_t>(2 * i);
-  ASSERT_EQ(check_with_indices(layout, indices), "");
-  for (size_t i = 1; i < indices.size(); ++i) {
-    std::vector<int32_t> wrong = indices;
-    wrong[i] = wrong[i - 1];
-    EXPECT_NE(check_with_indices(layout, wrong), "") << "duplicate at " << i;
-    wrong = indices;
-    wrong[i] = -5;
-    EXPECT_NE(check_with_indices(layout, wrong), "") << "negative at " << i;
+  for (size_t i = 0; i < indices.size(); ++i) indices[i] = static_cast<int32_t>(i);
+  const Bytes good = testing::payload_of_entries(layout, indices, std::vector<float>(200, 1.0f), nullptr, 0, 1, 0);
+  ASSERT_EQ(refusal_of_one(layout, good, 0, 1, 0), "");
+  const PayloadSections s = payload_sections(layout);
+  for (int64_t byte = s.directory; byte < s.high + 8 * s.high_words(); ++byte)
+    for (int bit = 0; bit < 8; ++bit) {
+      if (byte >= s.directory + 4 * s.directory_numel && byte < s.high) continue; // padding
+      Bytes bad = good;
+      bad[static_cast<size_t>(byte)] ^= static_cast<uint8_t>(1 << bit);
+      EXPECT_EQ(refusal_of_one(layout, bad, 0, 1, 0), kNoIndices) << "byte " << byte << ", bit " << bit;
+    }
+  for (size_t e = 0; e + 1 < indices.size(); ++e) {
+    Bytes bad = good;
+    bad[static_cast<size_t>(s.low) + e] = bad[static_cast<size_t>(s.low) + e + 1];
+    EXPECT_EQ(refusal_of_one(layout, bad, 0, 1, 0), kNoIndices) << "equal at " << e;
   }
 }
 
-// Contract: whatever the bytes, check_payload reads only the payload, and what it lets pass keeps the decoders inside. The vectors
-// have exact sizes, so AddressSanitizer is the judge here.
+TEST(CheckPayload, ADirectoryOfSeveralPiecesIsChecked) {
+  const Layout layout = testing::one_group(3 * kPieceNumel, 2 * kPieceNumel + 300);
+  const Bytes good = random_payload(layout, 0, 1, 0, 7);
+  ASSERT_EQ(refusal_of_one(layout, good, 0, 1, 0), "");
+  const PayloadSections s = payload_sections(layout);
+  for (int64_t d = 0; d < s.directory_numel; ++d)
+    for (const uint32_t value : {0u, 1u, 77u, 0x7fffffffu, 0xffffffffu}) {
+      Bytes bad = good;
+      std::memcpy(bad.data() + s.directory + 4 * d, &value, 4);
+      if (bad == good) continue;
+      EXPECT_EQ(refusal_of_one(layout, bad, 0, 1, 0), kNoIndices) << "directory " << d << ", value " << value;
+    }
+}
+
+// Contract: whatever the bytes, decode reads only the payload, and what it lets pass keeps the decoders inside. The vectors have exact
+// sizes, so AddressSanitizer is the judge here.
 TEST(CheckPayload, SurvivesRandomBytesAndWhatPassesDecodesInsideTheBucket) {
   constexpr uint64_t kSeed = 7;
   SCOPED_TRACE("seed " + std::to_string(kSeed));
   Random random(kSeed);
   int64_t num_passed = 0, num_refused = 0;
-  for (const Layout& layout : {small_layout(), bucket_layout(), testing::one_group(1, 1), testing::one_group(9000, 3)}) {
+  for (Layout layout :
+       {small_layout(), bucket_layout(), testing::one_group(1, 1), testing::one_group(9000, 3), testing::one_group(9000, 700)}) {
+    layout.value_format = testing::kValueFormats[static_cast<size_t>(random.integer(0, 3))];
     const Bytes good = random_payload(layout, 0, 1, 0, kSeed);
     const auto num_bytes = static_cast<int64_t>(good.size());
     for (int round = 0; round < 3000; ++round) {
@@ -219,18 +244,19 @@ TEST(CheckPayload, SurvivesRandomBytesAndWhatPassesDecodesInsideTheBucket) {
       }
       if (round % 100 == 0) // nothing but noise, now and then
         for (uint8_t& byte : payload) byte = static_cast<uint8_t>(random.bits());
-      if (!check_payload(layout, payload.data(), 0, 1, 0).empty()) {
+      Entries entries;
+      if (!decode(layout, payload.data(), 1, 0, entries, testing::in_one_go).empty()) {
         ++num_refused;
         continue;
       }
       ++num_passed;
       for (const GradientType type : testing::kGradientTypes) {
         TypedBuffer bucket(type, layout.numel);
-        decode_apply(layout, {payload.data(), 1, bucket.data(), type}, testing::all_cuts()[0].parallel_for);
+        decode_apply(layout, {payload.data(), entries, 1, bucket.data(), type}, testing::in_one_go);
         ASSERT_TRUE(bucket.guards_intact()) << "round " << round;
       }
       TypedBuffer residual(GradientType::kFloat32, std::vector<float>(static_cast<size_t>(layout.numel)));
-      restore(layout, payload.data(), nullptr, testing::segment_pointers(layout, static_cast<float*>(residual.data())).data());
+      restore(layout, entries, testing::segment_pointers(layout, static_cast<float*>(residual.data())).data());
       ASSERT_TRUE(residual.guards_intact()) << "round " << round;
     }
   }

@@ -33,12 +33,29 @@ def selection(acc: Tensor, layout: Layout) -> Tensor:
     return sent
 
 
-def broken_contracts(steps: list[Step], layout: Layout, *, exact: bool) -> set[str]:
-    """Which contracts a run with error feedback breaks; `exact` for integer gradients, whose sums are exact.
+def sent_of(acc: Tensor, layout: Layout, value_format: str) -> Tensor:
+    """What a rank sends of a finite `acc`, as every rank decodes it: 0 where nothing is sent, dense segments as they are."""
+    group_of = torch.repeat_interleave(torch.tensor(layout.groups), torch.tensor(layout.segments))
+    chosen = selection(acc, layout)
+    sent = torch.where(chosen, acc, 0.0)
+    if value_format == "bf16":
+        sent = torch.where(group_of < 0, sent, sent.bfloat16().float())
+    elif value_format == "sign":
+        for group, k in enumerate(layout.k):
+            at = chosen & (group_of == group)
+            mean = torch.tensor(math.fsum(acc[at].abs().tolist()) / k)
+            sent[at] = torch.copysign(mean, acc[at])
+    return sent
+
+
+def broken_contracts(
+    steps: list[Step], layout: Layout, *, exact: bool, value_format: str = "bf16"
+) -> set[str]:
+    """Which contracts a run with error feedback breaks; `exact` where every sum is: integer gradients, and values not as "sign".
 
     "global": P * sum of results + residuals == sum of gradients + first residuals, over all ranks (alone it proves little).
     "local": sum of sent + last residual == sum of gradients + first residual, on every rank.
-    "support": what was not sent stays as it was, bit for bit; what was sent is gone.
+    "support": what was not sent stays as it was, bit for bit; what was sent is gone, but for what rounding took from it.
     "agreement": the result is bitwise equal on all ranks, and the rank-ordered mean of what they sent.
     "bounded": on a stationary stream the residual stops growing.
     """
@@ -55,11 +72,9 @@ def broken_contracts(steps: list[Step], layout: Layout, *, exact: bool) -> set[s
         total = torch.zeros(layout.numel)
         for rank in range(world_size):
             acc = step.gradients[rank] + step.residuals_before[rank] * compressed
-            chosen = selection(acc, layout)
-            sent = torch.where(chosen, acc, 0.0)
+            sent = sent_of(acc, layout, value_format)
             total = total + sent
-            expected = torch.where(chosen, 0.0, acc)[compressed]
-            if not torch.equal(step.residuals_after[rank][compressed], expected):
+            if not torch.equal(step.residuals_after[rank][compressed], (acc - sent)[compressed]):
                 broken.add("support")
             sent_sum[rank] += sent
             gradient_sum[rank] += step.gradients[rank]
@@ -95,8 +110,9 @@ def broken_contracts(steps: list[Step], layout: Layout, *, exact: bool) -> set[s
 class Oracle:
     """All ranks of a run in one process, plain PyTorch. A step with a non-finite entry goes back into the residuals later."""
 
-    def __init__(self, world_size: int, layout: Layout) -> None:
+    def __init__(self, world_size: int, layout: Layout, value_format: str = "bf16") -> None:
         self.layout = layout
+        self.value_format = value_format
         self.residuals = [torch.zeros(layout.numel) for _ in range(world_size)]
         self._undo: list[Tensor] = []  # payloads of the last step
 
@@ -108,16 +124,28 @@ class Oracle:
             values, indices, statistics = reference.compensate_select_(
                 gradient, residual, *arguments
             )
-            options = {"rank": rank, "world_size": len(gradients)}
-            options |= {"non_finite": bool(statistics[3] > 0)}
-            self._undo.append(reference.encode(values, indices, gradient, *arguments, **options))
+            payload = reference.encode(
+                values,
+                indices,
+                gradient,
+                *arguments,
+                value_format=self.value_format,
+                residual=residual,
+                rank=rank,
+                world_size=len(gradients),
+                non_finite=bool(statistics[3] > 0),
+            )
+            self._undo.append(payload)
         bucket = torch.empty_like(gradients[0])
-        reference.decode_apply_(bucket, torch.stack(self._undo), *arguments)
+        gathered = torch.stack(self._undo)
+        reference.decode_apply_(bucket, gathered, *arguments, value_format=self.value_format)
         if torch.isnan(bucket).all() and bucket.numel() > 0:
             self.rollback()
         return bucket
 
     def rollback(self) -> None:
         for residual, payload in zip(self.residuals, self._undo):
-            reference.restore_(residual, payload, *self.layout.arguments)
+            reference.restore_(
+                residual, payload, *self.layout.arguments, value_format=self.value_format
+            )
         self._undo = []

@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import contracts
 import pytest
 import torch
 import torch.distributed as dist
+from stage_cases import Layout
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from compressed_ddp import TopKEFState, reference, register, topk_ef_hook
+from compressed_ddp import TopKEFState, register, topk_ef_hook
 
 both_entries = pytest.mark.parametrize("entry", ["python", "cpp"])
 both_scopes = pytest.mark.parametrize("scope", ["tensor", "bucket", "chunk"])
@@ -212,8 +214,11 @@ class Oracle:
     def __init__(self, case: Case, world_size: int) -> None:
         self.case = case
         self.options = case.options()
+        self.value_format = self.options.get("value_format", "bf16")
         self.world_size = world_size
         self.steps = 0
+        # Of each bucket of the last step: its parameters, and what can put back what was sent.
+        self._buckets: list[tuple[list[str], contracts.Oracle]] = []
         self.residuals = [
             {
                 name: torch.zeros(shape)
@@ -245,6 +250,7 @@ class Oracle:
             for residuals in self.residuals
         ]
         results: dict[str, Tensor] = {}
+        self._buckets = []
         for names in buckets or [[name] for name in self.case.shapes]:
             if self.steps < self.options["dense_steps"]:
                 results.update(self._dense(gradients, names))
@@ -255,11 +261,21 @@ class Oracle:
             torch.isnan(result.float()).any() for result in results.values()
         ):
             # The optimizer will skip this step, so nothing of it may be missing: all that is finite stays in the residual.
-            for residuals, old, given in zip(self.residuals, before, gradients):
-                for name in residuals:
-                    acc = old[name] + given[name].float() if name in given else old[name]
-                    residuals[name] = torch.where(torch.isfinite(acc), acc, old[name])
+            self.rollback(gradients)
+            if self.value_format != "sign":  # there, acc - scale was rounded
+                for residuals, old, given in zip(self.residuals, before, gradients):
+                    for name, residual in residuals.items():
+                        acc = old[name] + given[name].float() if name in given else old[name]
+                        assert torch.equal(
+                            residual, torch.where(torch.isfinite(acc), acc, old[name])
+                        )
         return results
+
+    def rollback(self, gradients: list[dict[str, Tensor]]) -> None:
+        """Puts back what the last step sent; `gradients` are those that `step` was given."""
+        for names, bucket in self._buckets:
+            bucket.rollback()
+            self._keep_residuals(gradients, names, bucket.residuals)
 
     def _dense(self, gradients: list[dict[str, Tensor]], names: list[str]) -> dict[str, Tensor]:
         results = {}
@@ -303,20 +319,24 @@ class Oracle:
                 for name in names
             }
             flat_residuals.append(torch.cat([self._flat(name, waiting[name]) for name in names]))
-        average = reference.average(
-            flat_gradients,
-            flat_residuals,
-            parts,
-            groups,
-            [self.k(numel) for numel in group_numels],
-        )
+        layout = Layout(parts, groups, [self.k(numel) for numel in group_numels])
+        bucket = contracts.Oracle(self.world_size, layout, self.value_format)
+        bucket.residuals = flat_residuals
+        average = bucket.step(flat_gradients)
+        self._buckets.append((names, bucket))
+        self._keep_residuals(gradients, names, flat_residuals)
+        return {
+            name: self._shaped(name, part) for name, part in zip(names, average.split(segments))
+        }
+
+    def _keep_residuals(
+        self, gradients: list[dict[str, Tensor]], names: list[str], flat_residuals: list[Tensor]
+    ) -> None:
+        segments = [math.prod(self.case.shapes[name]) for name in names]
         for given, residuals, flat in zip(gradients, self.residuals, flat_residuals):
             for name, part in zip(names, flat.split(segments)):
                 if name in residuals and name in given:
                     residuals[name] = self._shaped(name, part)
-        return {
-            name: self._shaped(name, part) for name, part in zip(names, average.split(segments))
-        }
 
     def _flat(self, name: str, tensor: Tensor) -> Tensor:
         """In the order in which the parameter lies in memory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,8 @@ DTYPES = [
     pytest.param(torch.float16, id="f16"),
     pytest.param(torch.bfloat16, id="bf16"),
 ]
+VALUE_FORMATS = ["fp32", "bf16", "sign"]
+each_value_format = pytest.mark.parametrize("value_format", VALUE_FORMATS)
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -36,7 +38,9 @@ class Layout:
         return self.segments, self.groups, self.k
 
 
-SMALL = Layout([6, 2, 4], [0, -1, 1], [2, 1])  # the layout of ../cpp/data/payload_v1.txt
+SMALL = Layout([6, 2, 4], [0, -1, 1], [2, 1])
+GOLDEN = Layout([300, 2, 298], [0, -1, 1], [3, 2])  # of ../cpp/data/payload_v2_*.txt
+WIDE = Layout([1000, 40, 1000], [0, -1, 1], [300, 20])  # more than one entry in the directory
 BUCKET = Layout([300, 50, 200, 77], [0, -1, 0, 1], [20, 9])
 
 LAYOUTS = {
@@ -49,6 +53,7 @@ LAYOUTS = {
     "empty-segments": Layout([0, 64, 0, 0, 40], [-1, 0, 0, -1, 1], [5, 3]),
     "all-dense": Layout([5, 0, 90], [-1, -1, -1], []),
     "three-blocks": Layout([150_001, 10], [0, -1], [1500]),  # a block has 65,536 entries
+    "two-in-the-directory": WIDE,
     "many-tensors": Layout(
         [31 + i for i in range(40)], list(range(40)), [1 + i % 5 for i in range(40)]
     ),
@@ -131,6 +136,7 @@ def encoded_by(
     layout: Layout,
     world_size: int,
     *,
+    value_format: str = "bf16",
     kind: str = "normal",
     seed: int = 0,
     step: int = 0,
@@ -144,11 +150,68 @@ def encoded_by(
         )
         payloads.append(
             stages.encode(
-                values, indices, gradient, *layout.arguments,
+                values, indices, gradient, *layout.arguments, value_format=value_format, residual=residual,
                 rank=rank, world_size=world_size, step=step, non_finite=bool(statistics[3] > 0),
             )
         )  # fmt: skip
     return torch.stack(payloads)
+
+
+# ---- the bytes of a payload, from docs/wire_format.md once more
+
+
+def sections_of(payload: Tensor, layout: Layout, value_format: str = "bf16") -> dict[str, Tensor]:
+    """Views of a payload's sections, uint8, by name; what is left is padding."""
+    entries = sum(layout.k)
+    high_bits = entries + ((layout.numel - 1) >> 8) if entries > 0 else 0
+    dense_numel = sum(n for n, group in zip(layout.segments, layout.groups) if group < 0)
+    sizes = {
+        "header": 64,
+        "directory": 4 * -(-entries // 256),
+        "high": 8 * -(-high_bits // 64),
+        "scales": 4 * len(layout.k) if value_format == "sign" else 0,
+        "dense": 4 * dense_numel,
+        "values": {"fp32": 4 * entries, "bf16": 2 * entries, "sign": 4 * -(-entries // 32)}[
+            value_format
+        ],
+        "low": entries,
+    }
+    sections, begin = {}, 0
+    for name, size in sizes.items():
+        sections[name] = payload[begin : begin + size]
+        begin = -(-(begin + size) // 8) * 8
+    assert payload.numel() == -(-begin // 64) * 64
+    return sections
+
+
+def bits_of(section: Tensor) -> list[int]:
+    """Numbers of the bits that are set in a uint8 section."""
+    return [
+        8 * at + bit
+        for at, byte in enumerate(section.tolist())
+        for bit in range(8)
+        if byte >> bit & 1
+    ]
+
+
+def indices_of(payload: Tensor, layout: Layout, value_format: str = "bf16") -> list[int]:
+    sections = sections_of(payload, layout, value_format)
+    high = [bit - entry for entry, bit in enumerate(bits_of(sections["high"]))]
+    return [256 * h + low for h, low in zip(high, sections["low"].tolist(), strict=True)]
+
+
+def write_indices(
+    payload: Tensor, layout: Layout, indices: Sequence[int], value_format: str = "bf16"
+) -> None:
+    """Puts `indices` in place of those of a payload, possible ones or not."""
+    sections = sections_of(payload, layout, value_format)
+    sections["high"].zero_()
+    for entry, index in enumerate(indices):
+        if entry % 256 == 0:
+            sections["directory"].view(torch.int32)[entry // 256] = index >> 8
+        at = (index >> 8) + entry
+        sections["high"][at // 8] |= 1 << at % 8
+        sections["low"][entry] = index & 255
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:

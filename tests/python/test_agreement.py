@@ -143,6 +143,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"scope": "tensor"},
         "scope: rank 0 has bucket, rank 1 has tensor",
     ),
+    "value_format": (
+        {"value_format": "sign"},
+        {},
+        "value_format: rank 0 has sign, rank 1 has bf16",
+    ),
     "exempt": ({}, {"exempt": ["^second"]}, r"exempt .*: rank 0 has \w+, rank 1 has \w+"),
     "dense_steps": (
         {"dense_steps": 1},

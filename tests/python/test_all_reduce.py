@@ -8,7 +8,7 @@ import pytest
 import ranks
 import torch
 from contracts import Oracle
-from stage_cases import DTYPES, Layout, assert_same_bits
+from stage_cases import DTYPES, Layout, assert_same_bits, each_value_format
 
 from compressed_ddp import TopKEFState, all_reduce_
 from compressed_ddp._native import _C
@@ -37,8 +37,8 @@ def error_of(call, *arguments, **options) -> str:
 # ---- results
 
 
-def reduce_segments(rank, world_size, scope, dtype, segments, num_steps):
-    state = sparse_state(scope=scope)
+def reduce_segments(rank, world_size, options, dtype, segments, num_steps):
+    state = sparse_state(**options)
     results = []
     for step in range(num_steps):
         tensor = gradient(rank, step, sum(segments), dtype=dtype)
@@ -48,16 +48,20 @@ def reduce_segments(rank, world_size, scope, dtype, segments, num_steps):
     return results
 
 
+@each_value_format
 @pytest.mark.parametrize("dtype", DTYPES)
 @SCOPES
-def test_segments_are_selected_from_as_scope_says_and_short_ones_travel_dense(scope, dtype):
+def test_segments_are_selected_from_as_scope_says_and_short_ones_travel_dense(
+    scope, dtype, value_format
+):
     segments = [2000, 99, 100, 0, 300]  # min_compress_numel = 100
     layout = {
         "tensor": Layout(segments, [0, -1, 1, -1, 2], [100, 5, 15]),
         "bucket": Layout(segments, [0, -1, 0, -1, 0], [120]),
     }[scope]
-    by_rank = ranks.run(2, reduce_segments, scope, dtype, segments, 3)
-    oracle = Oracle(2, layout)
+    options = {"scope": scope, "value_format": value_format}
+    by_rank = ranks.run(2, reduce_segments, options, dtype, segments, 3)
+    oracle = Oracle(2, layout, value_format)
     for step in range(3):
         expected = oracle.step([gradient(rank, step, 2499, dtype=dtype) for rank in range(2)])
         for results in by_rank:
@@ -122,8 +126,8 @@ def reduce_a_long_vector_and_a_short_matrix(rank, world_size):
 
 def test_a_long_vector_is_compressed_because_only_parameters_follow_the_1d_rule():
     vector, matrix = ranks.run(2, reduce_a_long_vector_and_a_short_matrix)[0]
-    assert vector == _C.payload_bytes([4000], [0], [200])
-    assert matrix == _C.payload_bytes([99], [-1], [])
+    assert vector == _C.payload_bytes([4000], [0], [200], "bf16")
+    assert matrix == _C.payload_bytes([99], [-1], [], "bf16")
 
 
 def reduce_nothing(rank, world_size):

@@ -100,7 +100,7 @@ def reduce_three_dtypes(rank, world_size):
 def test_parameters_of_several_dtypes_travel_in_one_bucket_per_dtype():
     by_rank = ranks.run(2, reduce_three_dtypes)
     for gradients, bytes_sent in by_rank:
-        assert bytes_sent == 3 * _C.payload_bytes([1200, 1200, 2], [0, 1, -1], [60, 60])
+        assert bytes_sent == 3 * _C.payload_bytes([1200, 1200, 2], [0, 1, -1], [60, 60], "bf16")
         for reduced in gradients.values():
             dtype = reduced.dtype
             oracle = oracle_of((40, 30), 2)
@@ -128,7 +128,8 @@ def test_a_large_model_travels_in_buckets_of_25_mib():
     numel = 3 * 2**20
     k = _C.selection_k(1e-4, numel)
     two, one = [numel, numel, 2], [numel, 1]
-    expected = _C.payload_bytes(two, [0, 1, -1], [k, k]) + _C.payload_bytes(one, [0, -1], [k])
+    expected = _C.payload_bytes(two, [0, 1, -1], [k, k], "bf16")
+    expected += _C.payload_bytes(one, [0, -1], [k], "bf16")
     for positions, values, bytes_sent in ranks.run(2, reduce_more_than_one_bucket):
         assert positions == [[1000 * i, 1000 * i + 1] for i in range(3)]
         assert values == {2.0}  # 2.0 / 2 from each rank

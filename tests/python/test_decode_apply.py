@@ -12,10 +12,16 @@ from stage_cases import (
     GRADIENTS,
     LAYOUTS,
     SMALL,
+    WIDE,
     Layout,
     assert_same_bits,
+    bits_of,
+    each_value_format,
     encoded_by,
+    indices_of,
+    sections_of,
     with_threads,
+    write_indices,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,34 +30,43 @@ from compressed_ddp import ops, reference
 LAYOUT_PARAMS = [pytest.param(layout, id=name) for name, layout in LAYOUTS.items()]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUT_PARAMS)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8], ids="ranks={}".format)
-def test_the_average_equals_the_reference(world_size, layout, dtype, seed):
-    gathered = encoded_by(ops, layout, world_size, seed=seed, step=4)
+def assert_equals_reference(layout, world_size, dtype, value_format, seed, kind="normal"):
+    options = {"value_format": value_format, "step": 4}
+    gathered = encoded_by(ops, layout, world_size, kind=kind, seed=seed, **options)
     bucket = torch.full((layout.numel,), 7.0, dtype=dtype)
     expected = bucket.clone()
-    ops.decode_apply_(bucket, gathered, *layout.arguments, step=4)
-    reference.decode_apply_(expected, gathered, *layout.arguments, step=4)
+    ops.decode_apply_(bucket, gathered, *layout.arguments, **options)
+    reference.decode_apply_(expected, gathered, *layout.arguments, **options)
     assert_same_bits(bucket, expected)
 
 
+@each_value_format
+@pytest.mark.parametrize("layout", LAYOUT_PARAMS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8], ids="ranks={}".format)
+def test_the_average_equals_the_reference(world_size, layout, value_format, seed):
+    assert_equals_reference(layout, world_size, torch.float32, value_format, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("layout", LAYOUT_PARAMS)
+def test_half_precision_averages_equal_the_reference(layout, dtype, seed):
+    assert_equals_reference(layout, 2, dtype, "bf16", seed)
+
+
+@each_value_format
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", GRADIENTS)
-def test_the_average_of_adversarial_gradients_equals_the_reference(kind, dtype, seed):
-    gathered = encoded_by(ops, BUCKET, 3, kind=kind, seed=seed)
-    bucket, expected = torch.ones(BUCKET.numel, dtype=dtype), torch.ones(BUCKET.numel, dtype=dtype)
-    ops.decode_apply_(bucket, gathered, *BUCKET.arguments)
-    reference.decode_apply_(expected, gathered, *BUCKET.arguments)
-    assert_same_bits(bucket, expected)
+def test_the_average_of_adversarial_gradients_equals_the_reference(kind, dtype, value_format, seed):
+    assert_equals_reference(BUCKET, 3, dtype, value_format, seed, kind)
 
 
+@each_value_format
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_flag_turns_the_whole_bucket_into_nan(dtype, seed):
-    gathered = encoded_by(ops, BUCKET, 3, seed=seed)
+def test_one_flag_turns_the_whole_bucket_into_nan(dtype, value_format, seed):
+    gathered = encoded_by(ops, BUCKET, 3, value_format=value_format, seed=seed)
     gathered[1, 6] = 1
     bucket = torch.zeros(BUCKET.numel, dtype=dtype)
-    ops.decode_apply_(bucket, gathered, *BUCKET.arguments)
+    ops.decode_apply_(bucket, gathered, *BUCKET.arguments, value_format=value_format)
     assert torch.isnan(bucket).all()
 
 
@@ -61,43 +76,50 @@ def test_ranks_are_added_in_order_and_scaled_once(seed):
     one = torch.tensor([0], dtype=torch.int32)
     payloads = [
         ops.encode(
-            torch.tensor([part]), one, torch.ones(1), *layout.arguments, rank=r, world_size=3
+            torch.tensor([part]), one, torch.ones(1), *layout.arguments,
+            value_format="fp32", rank=r, world_size=3,
         )
         for r, part in enumerate(parts)
-    ]
+    ]  # fmt: skip
     bucket = torch.empty(1)
-    ops.decode_apply_(bucket, torch.stack(payloads), *layout.arguments)
+    ops.decode_apply_(bucket, torch.stack(payloads), *layout.arguments, value_format="fp32")
     in_order = torch.tensor(1e8) + 1.0 - torch.tensor(1e8)
     assert_same_bits(bucket, (in_order * torch.tensor(1 / 3)).reshape(1))
 
 
+@each_value_format
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_results_do_not_depend_on_the_number_of_threads(dtype, seed):
-    layout = Layout([150_001, 999, 70_000], [0, -1, 1], [1500, 700])
-    gathered = encoded_by(ops, layout, 2, seed=seed)
+def test_results_do_not_depend_on_the_number_of_threads(dtype, value_format, seed):
+    layout = Layout([150_001, 999, 70_000], [0, -1, 1], [15_000, 7_000])
+    gathered = encoded_by(ops, layout, 2, value_format=value_format, seed=seed)
+    expected = torch.empty(layout.numel, dtype=dtype)
+    reference.decode_apply_(expected, gathered, *layout.arguments, value_format=value_format)
     buckets = []
     for threads in (1, 2):
         buckets.append(torch.empty(layout.numel, dtype=dtype))
         with with_threads(threads):
-            ops.decode_apply_(buckets[-1], gathered, *layout.arguments)
-    assert_same_bits(*buckets)
+            ops.decode_apply_(buckets[-1], gathered, *layout.arguments, value_format=value_format)
+    for bucket in buckets:
+        assert_same_bits(bucket, expected)
 
 
 # ---- hostile payloads
 
 
-def refused(gathered, words, layout=SMALL, step=0):
+def refused(gathered, words, layout=SMALL, **options):
     bucket = torch.full((layout.numel,), 7.0)
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        ops.decode_apply_(bucket, gathered, *layout.arguments, step=step)
+        ops.decode_apply_(bucket, gathered, *layout.arguments, **options)
     assert str(caught.value).startswith("decode_apply_: the payload of rank ")
     assert str(caught.value).endswith("the bucket is unchanged")
     assert_same_bits(bucket, torch.full((layout.numel,), 7.0))
+    return str(caught.value)
 
 
 HEADER_FIELDS = {  # offset, what the error calls it
     "magic": (0, "magic: expected "),
-    "version": (4, "wire format version: expected 1, got "),
+    "version": (4, "wire format version: expected 2, got "),
+    "value_format": (7, "value_format: expected bf16, got "),
     "rank": (8, "rank: expected 1, got "),
     "world_size": (12, "world_size: expected 3, got "),
     "layout_hash": (16, "layout_hash differs: other segments, groups or k"),
@@ -110,7 +132,7 @@ HEADER_FIELDS = {  # offset, what the error calls it
 HEADER_BYTES = [
     (name, at)
     for (name, (offset, _)), end in zip(
-        HEADER_FIELDS.items(), [4, 6, 12, 16, 24, 32, 40, 48, 56, 64]
+        HEADER_FIELDS.items(), [4, 6, 8, 12, 16, 24, 32, 40, 48, 56, 64]
     )
     for at in range(offset, end)
 ]
@@ -128,44 +150,172 @@ def test_a_flipped_header_byte_is_refused_with_rank_and_field(field, at):
         refused(gathered, words, step=9)
 
 
-@pytest.mark.parametrize(("at", "bit"), [(6, 2), (6, 0x80), (7, 1), (7, 0x80)])
-def test_an_unknown_flag_is_refused(at, bit):
+@pytest.mark.parametrize("bit", [2, 0x80])
+def test_an_unknown_flag_is_refused(bit):
     gathered = encoded_by(ops, SMALL, 3)
-    gathered[2, at] ^= bit
+    gathered[2, 6] ^= bit
     refused(gathered, "the payload of rank 2 is not what this rank expects (flags beyond the")
 
 
+@each_value_format
+def test_a_payload_of_another_value_format_is_refused_although_its_size_is_right(value_format):
+    gathered = encoded_by(ops, SMALL, 2, value_format=value_format)
+    for other in {"fp32", "bf16", "sign"} - {value_format}:
+        words = f"the payload of rank 0 is not what this rank expects (value_format: expected {other}, got {value_format}"
+        refused(gathered, words, value_format=other)
+
+
+def test_a_header_with_a_value_format_that_does_not_exist_is_refused():
+    gathered = encoded_by(ops, SMALL, 2)
+    for number in (3, 255):
+        gathered[1, 7] = number
+        words = "the payload of rank 1 is not what this rank expects (value_format: expected bf16"
+        refused(gathered, words)
+
+
+@each_value_format
 @pytest.mark.parametrize(
-    ("indices", "group"),
+    ("indices", "words"),
     [
-        pytest.param([1, 0, 8], "group 0", id="descending"),
-        pytest.param([3, 3, 8], "group 0", id="duplicate"),
-        pytest.param([-1, 3, 8], "group 0", id="negative"),
-        pytest.param([-(2**31), 3, 8], "group 0", id="most-negative"),
-        pytest.param([3, 6, 8], "group 0", id="in-the-dense-segment"),
-        pytest.param([3, 9, 8], "group 0", id="in-another-group"),
-        pytest.param([0, 5, 12], "group 1", id="one-beyond-the-end"),
-        pytest.param([0, 5, 2**31 - 1], "group 1", id="far-beyond-the-end"),
-        pytest.param([0, 5, -8], "group 1", id="negative-later"),
-        pytest.param([0, 5, 7], "group 1", id="below-its-group"),
+        pytest.param([1, 0, 8], "strictly ascending", id="descending"),
+        pytest.param([3, 3, 8], "strictly ascending", id="duplicate"),
+        pytest.param([0, 5, 3], "strictly ascending", id="descending-later"),
+        pytest.param([3, 6, 8], "the indices of group 0", id="in-the-dense-segment"),
+        pytest.param([3, 9, 10], "the indices of group 0", id="in-another-group"),
+        pytest.param([0, 5, 12], "the indices of group 1", id="one-beyond-the-end"),
+        pytest.param([0, 5, 255], "the indices of group 1", id="far-beyond-the-end"),
+        pytest.param([0, 5, 7], "the indices of group 1", id="below-its-group"),
     ],
 )
-def test_impossible_indices_are_refused(indices, group):
+def test_impossible_indices_are_refused(indices, words, value_format):
     for rank in range(3):
-        gathered = encoded_by(ops, SMALL, 3)
-        gathered[rank, 64:76] = torch.tensor(indices, dtype=torch.int32).view(torch.uint8)
-        refused(
-            gathered,
-            f"the payload of rank {rank} is not what this rank expects (the indices of {group}",
-        )
+        gathered = encoded_by(ops, SMALL, 3, value_format=value_format)
+        write_indices(gathered[rank], SMALL, indices, value_format)
+        message = refused(gathered, words, value_format=value_format)
+        assert f"the payload of rank {rank} is not what this rank expects (" in message
+
+
+def first_bit(section):
+    return min(bits_of(section))
+
+
+def flip(section, bit):
+    section[bit // 8] ^= 1 << bit % 8
+
+
+def clear_a_high_bit(sections):
+    flip(sections["high"], first_bit(sections["high"]))
+
+
+def set_a_high_bit(sections):
+    used = set(bits_of(sections["high"]))
+    flip(sections["high"], min(set(range(300)) - used))
+
+
+def move_the_last_high_bit_beyond_the_bucket(sections):
+    flip(sections["high"], max(bits_of(sections["high"])))
+    flip(sections["high"], 320 + (2039 >> 8))  # the first bit that no entry can have
+
+
+def move_the_last_high_bit_to_the_end_of_its_word(sections):
+    flip(sections["high"], max(bits_of(sections["high"])))
+    flip(sections["high"], 8 * sections["high"].numel() - 1)
+
+
+def clear_the_high_bits(sections):
+    sections["high"].zero_()
+
+
+def set_all_high_bits(sections):
+    sections["high"].fill_(255)
+
+
+def put_all_entries_at_the_end(sections):
+    clear_the_high_bits(sections)
+    for bit in range(8 * sections["high"].numel() - 320, 8 * sections["high"].numel()):
+        flip(sections["high"], bit)
+
+
+def move_the_directory_by_one(sections):
+    sections["directory"][4] += 1
+
+
+def begin_the_directory_late(sections):
+    sections["directory"][0] = 1
+
+
+def point_the_directory_far_away(sections):
+    sections["directory"][4:] = 255
+
+
+def point_the_whole_directory_far_away(sections):
+    sections["directory"].fill_(255)
+
+
+def equal_low_bytes(sections):
+    sections["low"].fill_(7)
+
+
+def descending_low_bytes(sections):
+    sections["low"].copy_(sections["low"].flip(0))
+
+
+@each_value_format
+@pytest.mark.parametrize(
+    "change",
+    [
+        clear_a_high_bit,
+        set_a_high_bit,
+        move_the_last_high_bit_beyond_the_bucket,
+        move_the_last_high_bit_to_the_end_of_its_word,
+        clear_the_high_bits,
+        set_all_high_bits,
+        put_all_entries_at_the_end,
+        move_the_directory_by_one,
+        begin_the_directory_late,
+        point_the_directory_far_away,
+        point_the_whole_directory_far_away,
+        equal_low_bytes,
+        descending_low_bytes,
+    ],
+)
+def test_index_sections_that_contradict_themselves_are_refused(change, value_format, seed):
+    for rank in range(2):
+        gathered = encoded_by(ops, WIDE, 2, value_format=value_format, seed=seed)
+        change(sections_of(gathered[rank], WIDE, value_format))
+        words = f"the payload of rank {rank} is not what this rank expects ("
+        refused(gathered, words, WIDE, value_format=value_format)
 
 
 def test_shuffled_indices_are_refused(seed):
-    layout = Layout([5000], [0], [200])
+    layout = Layout([250], [0], [200])  # one high part: any order of the low bytes can be written
     gathered = encoded_by(ops, layout, 2, seed=seed)
-    indices = gathered[1, 64 : 64 + 800].view(torch.int32)
-    indices.copy_(indices[torch.randperm(200)])
-    refused(gathered, "rank 1 is not what this rank expects (the indices of group 0", layout)
+    indices = torch.tensor(indices_of(gathered[1], layout))
+    write_indices(gathered[1], layout, indices[torch.randperm(200)].tolist())
+    refused(gathered, "rank 1 is not what this rank expects (", layout)
+
+
+@each_value_format
+def test_of_payloads_with_a_flipped_bit_the_reference_refuses_the_same_ones(value_format, seed):
+    good = encoded_by(ops, WIDE, 2, value_format=value_format, seed=seed)
+    options = {"value_format": value_format}
+    taken = 0
+    for _ in range(300):
+        gathered = good.clone()
+        flip(gathered[1], int(torch.randint(8 * 64, 8 * gathered.shape[1], ())))
+        buckets = []
+        for stages in (ops, reference):
+            bucket = torch.full((WIDE.numel,), 7.0)
+            try:
+                stages.decode_apply_(bucket, gathered, *WIDE.arguments, **options)
+            except ValueError:
+                assert_same_bits(bucket, torch.full((WIDE.numel,), 7.0))
+            buckets.append(bucket)
+        assert_same_bits(*buckets)
+        taken += int(not buckets[0].eq(7.0).all())
+    assert 10 < taken < 290, (
+        "some bits make another good payload: of values, dense entries, padding"
+    )
 
 
 def test_swapped_payloads_are_refused():
@@ -179,6 +329,15 @@ def test_random_bytes_are_refused(seed):
     for _ in range(50):
         noise = torch.randint(0, 256, (3, 128), dtype=torch.uint8)
         refused(noise, "the payload of rank 0 is not what this rank expects (magic")
+
+
+@each_value_format
+def test_random_bytes_behind_a_good_header_are_refused(value_format, seed):
+    for _ in range(50):
+        gathered = encoded_by(ops, WIDE, 2, value_format=value_format)
+        gathered[1, 64:] = torch.randint(0, 256, gathered[1, 64:].shape, dtype=torch.uint8)
+        words = "the payload of rank 1 is not what this rank expects ("
+        refused(gathered, words, WIDE, value_format=value_format)
 
 
 # ---- refusals of the caller's own mistakes
@@ -212,8 +371,13 @@ REFUSALS = {
     ),
     "unaligned": (
         ValueError,
-        "expected gathered to be aligned to 4 bytes; clone() it",
-        {"gathered": torch.zeros(130).byte()[1:129].view(1, 128)},
+        "expected gathered to be aligned to 8 bytes; clone() it",
+        {"gathered": torch.zeros(136).byte()[4:132].view(1, 128)},
+    ),
+    "value-format": (
+        ValueError,
+        "decode_apply_: expected value_format to be 'fp32', 'bf16' or 'sign', got 'int8'",
+        {"value_format": "int8"},
     ),
 }
 
@@ -234,19 +398,22 @@ def test_wrong_arguments_are_refused_in_words(error, words, changes):
 # ---- as a citizen of torch
 
 
+@each_value_format
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck_finds_nothing(dtype, seed):
+def test_opcheck_finds_nothing(dtype, value_format, seed):
+    options = {"value_format": value_format, "step": 3}
     for layout in (BUCKET, LAYOUTS["empty"]):
         bucket = torch.ones(layout.numel, dtype=dtype)
         torch.library.opcheck(
             torch.ops.compressed_ddp.decode_apply_.default,
-            (bucket, encoded_by(ops, layout, 2, seed=seed, step=3), *layout.arguments),
-            {"step": 3},
+            (bucket, encoded_by(ops, layout, 2, seed=seed, **options), *layout.arguments),
+            options,
         )
 
 
-def test_the_fake_kernel_returns_nothing():
-    gathered = encoded_by(ops, BUCKET, 2)
+@each_value_format
+def test_the_fake_kernel_returns_nothing(value_format):
+    gathered = encoded_by(ops, BUCKET, 2, value_format=value_format)
     with FakeTensorMode() as mode:
         fakes = mode.from_tensor(torch.ones(BUCKET.numel)), mode.from_tensor(gathered)
-        assert ops.decode_apply_(*fakes, *BUCKET.arguments) is None
+        assert ops.decode_apply_(*fakes, *BUCKET.arguments, value_format=value_format) is None

@@ -187,13 +187,19 @@ def test_quoted_messages_are_in_the_source() -> None:
 # ---- the example payload
 
 
-def test_payload_on_the_page_is_the_golden_one() -> None:
+def _golden_payload(value_format: str) -> bytes:
+    text = (ROOT / f"tests/cpp/data/payload_v2_{value_format}.txt").read_text()
+    return bytes.fromhex("".join(line for line in text.splitlines() if not line.startswith("#")))
+
+
+def test_payloads_on_the_page_are_the_golden_ones() -> None:
     page = (ROOT / "docs/wire_format.md").read_text()
-    golden = (ROOT / "tests/cpp/data/payload_v1.txt").read_text()
-    on_page = "".join(re.findall(r'^    " *\d+  ([0-9a-f ]+)",$', page, re.MULTILINE))
-    in_file = "".join(line for line in golden.splitlines() if not line.startswith("#"))
-    assert len(in_file.replace(" ", "")) == 2 * 128
-    assert on_page.replace(" ", "") == in_file.replace(" ", "")
+    rows = re.findall(r'^    " *(\d+)  ([0-9a-f ]+)",$', page, re.MULTILINE)
+    offsets = [int(offset) for offset, _ in rows]
+    assert offsets == [*range(0, 128, 16), *range(80, 128, 16)]
+    on_page = [bytes.fromhex(row) for _, row in rows]
+    assert b"".join(on_page[:8]) == _golden_payload("bf16")
+    assert b"".join(on_page[8:]) == _golden_payload("sign")[80:]
 
 
 # ---- words

@@ -28,6 +28,7 @@ from ddp_models import (
     gradients_on,
     integers,
 )
+from stage_cases import Layout, indices_of, sections_of, write_indices
 from torch import Tensor
 
 from compressed_ddp import TopKEFState, all_reduce_, reference
@@ -177,42 +178,61 @@ def test_a_stalled_peer_is_an_error_after_the_groups_timeout_on_every_rank(entry
 
 @dataclasses.dataclass
 class Wire:
-    """A valid payload and where its parts are, for someone who wants to break it."""
+    """A valid payload, for someone who wants to break it."""
 
     payload: Tensor  # uint8
-    k: list[int]
-    numel: int
+    layout: Layout
 
-    def header(self, offset: int, bytes_: int) -> Tensor:
-        return self.payload[offset : offset + bytes_]
+    def section(self, name: str) -> Tensor:
+        return sections_of(self.payload, self.layout)[name]
 
-    @property
-    def indices(self) -> Tensor:
-        return self.payload[64 : 64 + 4 * sum(self.k)].view(torch.int32)
-
-
-def break_index(position: int, value: int) -> Callable[[Wire], None]:
-    def change(wire: Wire) -> None:
-        wire.indices[position] = value
-
-    return change
+    def change_indices(self, change: Callable[[list[int]], None]) -> None:
+        indices = indices_of(self.payload, self.layout)
+        change(indices)
+        write_indices(self.payload, self.layout, indices)
 
 
 def repeat_an_index(wire: Wire) -> None:
-    wire.indices[1] = wire.indices[0]
+    def change(indices: list[int]) -> None:
+        indices[1] = indices[0]
+
+    wire.change_indices(change)
 
 
 def index_in_another_selection(wire: Wire) -> None:
-    wire.indices[wire.k[0] - 1] = wire.indices[wire.k[0]]
+    def change(indices: list[int]) -> None:
+        first_of_next = wire.layout.k[0]
+        indices[first_of_next - 1] = indices[first_of_next] - 1
+
+    wire.change_indices(change)
 
 
 def index_behind_the_bucket(wire: Wire) -> None:
-    wire.indices[-1] = wire.numel
+    def change(indices: list[int]) -> None:
+        indices[-1] = wire.layout.numel
+
+    wire.change_indices(change)
 
 
-def flip(offset: int, bytes_: int) -> Callable[[Wire], None]:
+def one_high_bit_less(wire: Wire) -> None:
+    high = wire.section("high")
+    at = int(high.nonzero()[0])
+    high[at] &= high[at] - 1
+
+
+def one_high_bit_more(wire: Wire) -> None:
+    high = wire.section("high")
+    at = int((high != 255).nonzero()[0])
+    high[at] |= high[at] + 1
+
+
+def another_directory(wire: Wire) -> None:
+    wire.section("directory")[4] ^= 1
+
+
+def flip(offset: int) -> Callable[[Wire], None]:
     def change(wire: Wire) -> None:
-        wire.header(offset, bytes_)[0] ^= 1
+        wire.payload[offset] ^= 1
 
     return change
 
@@ -239,19 +259,21 @@ def zeros(wire: Wire) -> None:
 
 CORRUPTIONS: dict[str, tuple[Callable[[Wire], None], str]] = {
     "nothing": (nothing, ""),
-    "magic": (flip(0, 4), "magic"),
-    "version": (flip(4, 2), "wire format version"),
-    "rank": (flip(8, 4), r"rank: expected 1, got 0"),
-    "world_size": (flip(12, 4), "world_size: expected 2, got 3"),
-    "layout_hash": (flip(16, 8), "layout"),
-    "step": (flip(24, 8), "step: expected 3, got 2"),
-    "numel": (flip(32, 8), "numel"),
-    "payload_bytes": (flip(56, 8), "payload"),
-    "negative_index": (break_index(0, -1), "indices of group 0"),
-    "huge_index": (break_index(0, 2**31 - 1), "indices of group 0"),
-    "repeated_index": (repeat_an_index, "indices of group 0"),
+    "magic": (flip(0), "magic"),
+    "version": (flip(4), "wire format version"),
+    "value_format": (flip(7), "value_format: expected bf16, got fp32"),
+    "rank": (flip(8), r"rank: expected 1, got 0"),
+    "world_size": (flip(12), "world_size: expected 2, got 3"),
+    "layout_hash": (flip(16), "layout"),
+    "step": (flip(24), "step: expected 3, got 2"),
+    "numel": (flip(32), "numel"),
+    "payload_bytes": (flip(56), "payload"),
+    "repeated_index": (repeat_an_index, "strictly ascending"),
     "index_in_another_selection": (index_in_another_selection, "indices of group 0"),
     "index_behind_the_bucket": (index_behind_the_bucket, "indices of group 2"),
+    "one_high_bit_less": (one_high_bit_less, "strictly ascending"),
+    "one_high_bit_more": (one_high_bit_more, "strictly ascending"),
+    "another_directory": (another_directory, "strictly ascending"),
     "zeros": (zeros, "magic"),
     "random_bytes": (random_bytes, "magic"),
 }
@@ -304,7 +326,7 @@ def train_beside_a_peer_with_wrong_bytes(
         world_size=world_size,
         step=case.steps,
     )
-    CORRUPTIONS[corruption][0](Wire(payload, k, gradient.numel()))
+    CORRUPTIONS[corruption][0](Wire(payload, Layout(segments, groups, k)))
     dist.all_gather_into_tensor(payload.new_empty(world_size * payload.numel()), payload)
     return None
 

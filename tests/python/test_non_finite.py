@@ -21,6 +21,7 @@ from ddp_models import (
     integers,
     replace_in,
 )
+from stage_cases import each_value_format
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,21 +47,31 @@ def train_and_look_at_residuals(
     return seen
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize(
+in_compressed_and_dense = pytest.mark.parametrize(
     "name", ["second_weight", "third_bias"], ids=["in_a_compressed_parameter", "in_a_dense_one"]
 )
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@in_compressed_and_dense
 @both_scopes
 @both_entries
 def test_one_ranks_non_finite_value_makes_the_bucket_nan_on_every_rank_and_is_undone_in_all_buckets(
     entry: str, scope: str, name: str, value: float
 ) -> None:
-    case = Case(
-        entry,
-        6,
-        gradients_of=replace_in(integers, {(name, 1, BAD_STEP): value}),
-        state={"scope": scope},
-    )
+    check_a_bad_step(entry, {"scope": scope}, name, value)
+
+
+@pytest.mark.parametrize("value_format", ["fp32", "sign"])
+@in_compressed_and_dense
+@both_entries
+def test_the_same_with_the_other_value_formats(entry: str, name: str, value_format: str) -> None:
+    check_a_bad_step(entry, {"value_format": value_format}, name, math.inf)
+
+
+def check_a_bad_step(entry: str, state: dict[str, str], name: str, value: float) -> None:
+    bad = {(name, 1, BAD_STEP): value}
+    case = Case(entry, 6, gradients_of=replace_in(integers, bad), state=state)
     seen = ranks.run(2, train_and_look_at_residuals, case, None)
     # DDP's buckets from the second step on, as ddp_models.SMALL_BUCKETS cuts them.
     buckets = [
@@ -88,19 +99,25 @@ def test_one_ranks_non_finite_value_makes_the_bucket_nan_on_every_rank_and_is_un
     assert not any(gradient.isnan().any() for gradient in seen[0][BAD_STEP + 1][0].values())
 
 
+@each_value_format
 @both_entries
-def test_rollback_gives_back_what_a_good_step_sent(entry: str) -> None:
-    case = Case(entry, 5, gradients_of=integers)
+def test_rollback_gives_back_what_a_good_step_sent(entry: str, value_format: str) -> None:
+    case = Case(entry, 5, gradients_of=integers, state={"value_format": value_format})
     seen = ranks.run(2, train_and_look_at_residuals, case, 3)
     oracle = Oracle(case, 2)
     for step in range(case.steps):
         before = [dict(residuals) for residuals in oracle.residuals]
-        expected = oracle.step([case.gradients(rank, step) for rank in range(2)])
+        given = [case.gradients(rank, step) for rank in range(2)]
+        expected = oracle.step(given)
         if step == 3:
+            oracle.rollback(given)
             for rank in range(2):
-                for name in oracle.residuals[rank]:
-                    oracle.residuals[rank][name] = (
-                        before[rank][name] + case.gradients(rank, step)[name]
+                for name, residual in oracle.residuals[rank].items():
+                    torch.testing.assert_close(
+                        residual,
+                        before[rank][name] + given[rank][name],
+                        rtol=0,
+                        atol=1e-5 if value_format == "sign" else 0,
                     )
         for rank in range(2):
             gradients, residuals = seen[rank][step]

@@ -12,7 +12,7 @@ import stand_in
 import torch
 import torch.distributed as dist
 from contracts import Oracle
-from stage_cases import DTYPES, Layout, assert_same_bits
+from stage_cases import DTYPES, Layout, assert_same_bits, each_value_format, sections_of
 
 from compressed_ddp import TopKEFState, all_reduce_, ops
 
@@ -33,8 +33,10 @@ def gradient(rank, step, name, dtype, bad=None):
     return tensor
 
 
-def reduce_steps(rank, world_size, num_steps, dtype, bad, save_at, rolled_back):
-    state = TopKEFState(density=0.05, dense_steps=0, min_compress_numel=100)
+def reduce_steps(rank, world_size, num_steps, dtype, bad, save_at, rolled_back, value_format):
+    state = TopKEFState(
+        density=0.05, dense_steps=0, min_compress_numel=100, value_format=value_format
+    )
     results, saved = [], {}
     for step in range(num_steps):
         reduced = {}
@@ -50,10 +52,14 @@ def reduce_steps(rank, world_size, num_steps, dtype, bad, save_at, rolled_back):
     return results, saved
 
 
-def check_against_oracle(num_steps, dtype, *, bad=None, save_at=(), rolled_back=()):
+def check_against_oracle(
+    num_steps, dtype, *, bad=None, save_at=(), rolled_back=(), value_format="bf16"
+):
     """Every result and every saved residual of the run equals the oracle's."""
-    by_rank = ranks.run(WORLD_SIZE, reduce_steps, num_steps, dtype, bad, save_at, rolled_back)
-    oracles = {name: Oracle(WORLD_SIZE, LAYOUT) for name in NAMES}
+    by_rank = ranks.run(
+        WORLD_SIZE, reduce_steps, num_steps, dtype, bad, save_at, rolled_back, value_format
+    )
+    oracles = {name: Oracle(WORLD_SIZE, LAYOUT, value_format) for name in NAMES}
     for step in range(num_steps):
         for name, oracle in oracles.items():
             expected = oracle.step(
@@ -89,9 +95,11 @@ def test_one_non_finite_entry_makes_its_tensor_nan_on_every_rank_and_loses_nothi
         assert torch.isfinite(results[BAD_STEP]["v"]).all()
 
 
-def test_a_bad_tensor_is_given_back_at_the_next_step_without_state_dict():
+@each_value_format
+def test_a_bad_tensor_is_given_back_at_the_next_step_without_state_dict(value_format):
     bad = (BAD_STEP, 2, "v", 3, torch.nan)
-    check_against_oracle(4, torch.float32, bad=bad, save_at=(3,))
+    options = {"bad": bad, "save_at": (3,), "value_format": value_format}
+    check_against_oracle(4, torch.float32, **options)
 
 
 def test_after_a_bad_step_state_dict_holds_the_compensated_values():
@@ -105,12 +113,16 @@ def test_after_a_bad_step_state_dict_holds_the_compensated_values():
         assert torch.equal(saved[BAD_STEP]["w"][compressed], expected[compressed])
 
 
-def test_rollback_restores_what_a_good_step_had_sent():
-    check_against_oracle(4, torch.float32, save_at=(0, 1, 2, 3), rolled_back=(1,))
+@each_value_format
+def test_rollback_restores_what_a_good_step_had_sent(value_format):
+    options = {"save_at": (0, 1, 2, 3), "rolled_back": (1,), "value_format": value_format}
+    check_against_oracle(4, torch.float32, **options)
 
 
-def test_rollback_of_the_first_and_of_two_steps_in_a_row():
-    check_against_oracle(4, torch.float32, save_at=(3,), rolled_back=(0, 1))
+@each_value_format
+def test_rollback_of_the_first_and_of_two_steps_in_a_row(value_format):
+    options = {"save_at": (3,), "rolled_back": (0, 1), "value_format": value_format}
+    check_against_oracle(4, torch.float32, **options)
 
 
 def test_rollback_after_a_bad_step_changes_nothing():
@@ -177,10 +189,17 @@ def meet_a_hostile_peer(rank, world_size, attack):
     if rank == 1:
         layout = ([2000], [0], [100])
         indices = torch.arange(100, dtype=torch.int32)
-        if attack == "index":
-            indices[-1] = 2**31 - 1
         options = {"rank": 0 if attack == "rank" else 1, "world_size": 2, "step": 1}
         payload = ops.encode(torch.ones(100), indices, torch.ones(2000), *layout, **options)
+        sections = sections_of(payload, Layout(*layout))
+        if attack == "index":
+            sections["low"][-1] = 98  # as the one before
+        if attack == "high bits":
+            sections["high"][0] ^= 1
+        if attack == "directory":
+            sections["directory"].fill_(255)
+        if attack == "value format":
+            payload[7] = 2
         if attack == "noise":
             payload.random_()
         dist.all_gather_into_tensor(torch.empty(2 * payload.numel(), dtype=torch.uint8), payload)
@@ -203,7 +222,10 @@ def meet_a_hostile_peer(rank, world_size, attack):
     ("attack", "words"),
     [
         pytest.param("rank", "rank 1 is not what this rank expects (rank: expected 1", id="rank"),
-        pytest.param("index", "(the indices of group 0 are not strictly ascending", id="index"),
+        pytest.param("index", "(its index bits are no strictly ascending", id="index"),
+        pytest.param("high bits", "(its index bits are no strictly ascending", id="high-bits"),
+        pytest.param("directory", "(its index bits are no strictly ascending", id="directory"),
+        pytest.param("value format", "(value_format: expected bf16, got sign", id="value-format"),
         pytest.param("noise", "rank 1 is not what this rank expects (magic: expected", id="noise"),
     ],
 )

@@ -44,6 +44,13 @@ REFUSED_OPTIONS = [
         "scope must be one of ('tensor', 'bucket', 'chunk'), got 'layer'",
     ),
     ({"scope": None}, ValueError, "scope must be one of ('tensor', 'bucket', 'chunk'), got None"),
+    (
+        {"value_format": "fp16"},
+        ValueError,
+        "value_format must be one of ('fp32', 'bf16', 'sign'), got 'fp16'",
+    ),
+    ({"value_format": 1}, ValueError, "must be one of ('fp32', 'bf16', 'sign'), got 1"),
+    ({"value_format": ["bf16"]}, ValueError, "('fp32', 'bf16', 'sign'), got ['bf16']"),
     ({"error_feedback": 1}, TypeError, "error_feedback must be True or False, got 1"),
     ({"dense_steps": -1}, ValueError, "dense_steps must be >= 0, got -1"),
     ({"dense_steps": 1.0}, TypeError, "dense_steps must be an integer >= 0, got 1.0"),
@@ -82,9 +89,10 @@ def test_a_refused_option_of_exempt_is_shown():
 def test_defaults_are_the_documented_ones():
     state = TopKEFState()
     assert (state.density, state.scope, state.error_feedback) == (0.01, "tensor", True)
+    assert state.value_format == "bf16"
     assert (state.dense_steps, state.min_compress_numel, state.step) == (2, 1024, 0)
     assert repr(state) == (
-        "TopKEFState(density=0.01, scope='tensor', error_feedback=True, dense_steps=2, "
+        "TopKEFState(density=0.01, scope='tensor', value_format='bf16', error_feedback=True, dense_steps=2, "
         "min_compress_numel=1024, step=0)"
     )
 

@@ -28,6 +28,7 @@ def saved(**changes) -> dict:
         "step": 7,
         "density": 0.01,
         "scope": "tensor",
+        "value_format": "bf16",
         "error_feedback": True,
         "dense_steps": 2,
         "min_compress_numel": 1024,
@@ -74,6 +75,7 @@ def test_a_state_dict_holds_plain_tensors_and_numbers():
             "step": 3,
             "density": 0.05,
             "scope": "tensor",
+            "value_format": "bf16",
             "error_feedback": True,
             "dense_steps": 1,
             "min_compress_numel": 100,
@@ -143,11 +145,12 @@ def compress_channels_last(rank, world_size):
     weight = nn.Parameter(torch.zeros(8, 16, 3, 3).to(memory_format=torch.channels_last))
     generator = torch.Generator().manual_seed(rank)
     local = torch.randn(8, 16, 3, 3, generator=generator)
-    state = TopKEFState(density=0.05, dense_steps=0)
+    options = {"density": 0.05, "dense_steps": 0, "value_format": "fp32"}  # what is sent is gone
+    state = TopKEFState(**options)
     weight.grad = local.to(memory_format=torch.channels_last)
     all_reduce_gradients([("w", weight)], state)
     residual = state.state_dict()["residuals"]["w"]
-    other = TopKEFState(density=0.05, dense_steps=0).bind([("w", weight)])
+    other = TopKEFState(**options).bind([("w", weight)])
     other.load_state_dict(state.state_dict())
     assert_same_bits(other.state_dict()["residuals"]["w"], residual)
     weight.grad.zero_()
@@ -171,11 +174,11 @@ def test_the_residual_of_a_channels_last_parameter_has_its_logical_shape_and_ord
 
 def use_the_loaded_residual(rank, world_size, how):
     """Reduces zeros: what comes out was in the loaded residual."""
-    state = TopKEFState(density=0.05, dense_steps=2)
+    state = TopKEFState(density=0.05, dense_steps=2, value_format="fp32")
     weight = nn.Parameter(torch.zeros(40, 50))
     if how == "bind before":
         state.bind([("w", weight)])
-    state.load_state_dict(saved(world_size=1, density=0.05))
+    state.load_state_dict(saved(world_size=1, density=0.05, value_format="fp32"))
     if how == "bind after":
         state.bind([("w", weight)])
     if how == "name of all_reduce_":
@@ -414,19 +417,29 @@ def test_a_state_past_its_dense_steps_does_not_go_back_to_them_without_reset():
 
 
 def test_other_options_are_warned_about_and_not_taken():
-    state = TopKEFState(density=0.05, scope="bucket", min_compress_numel=10)
+    state = TopKEFState(density=0.05, scope="bucket", value_format="sign", min_compress_numel=10)
     with pytest.warns(UserWarning, match="saved with other options") as caught:
         state.load_state_dict(saved())
     (warning,) = caught
     for words in (
         "density (saved 0.01, now 0.05)",
         "scope (saved 'tensor', now 'bucket')",
+        "value_format (saved 'bf16', now 'sign')",
         "min_compress_numel (saved 1024, now 10)",
     ):
         assert words in str(warning.message)
     assert "dense_steps" not in str(warning.message)
     assert warning.filename == __file__
     assert (state.density, state.scope, state.min_compress_numel) == (0.05, "bucket", 10)
+    assert state.value_format == "sign"
+
+
+def test_a_state_that_was_saved_without_a_value_format_loads_without_a_warning():
+    before = saved()
+    del before["value_format"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TopKEFState(value_format="sign").load_state_dict(before)
 
 
 def test_a_callable_density_is_saved_as_minus_one():

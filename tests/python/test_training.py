@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from compressed_ddp import TopKEFState
 
 BATCH = 32
-# Seeds 0 to 4: dense 0.972 to 0.978, compressed 0.956 to 0.978; on average 0.008 and at worst 0.019 below dense.
+# Seeds 0 to 4: dense 0.972 to 0.978, fp32 values 0.956 to 0.978, bf16 0.947 to 0.967, sign 0.969 to 0.981; at worst 0.028 below dense.
 ACCURACY_MARGIN = 0.04
 
 
@@ -24,6 +24,7 @@ ACCURACY_MARGIN = 0.04
 class Plan:
     entry: str | None = "cpp"  # None: DDP without a hook
     density: float = 0.01
+    value_format: str = "bf16"
     error_feedback: bool = True
     epochs: int = 20
     sorted_by_label: bool = False  # rank 0 then sees the digits 0 to 4 only, rank 1 the others
@@ -56,9 +57,12 @@ def train_digits(rank: int, world_size: int, plan: Plan) -> Run:
     )
     model = DistributedDataParallel(net, bucket_cap_mb=0.02)
     if plan.entry is not None:
-        add_hook(
-            model, TopKEFState(density=plan.density, error_feedback=plan.error_feedback), plan.entry
+        state = TopKEFState(
+            density=plan.density,
+            value_format=plan.value_format,
+            error_feedback=plan.error_feedback,
         )
+        add_hook(model, state, plan.entry)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for epoch in range(plan.epochs):
@@ -90,9 +94,14 @@ def run(plan: Plan) -> list[Run]:
     return ranks.run(2, train_digits, plan)
 
 
-@pytest.mark.parametrize("entry", ["python", "cpp"])
-def test_compressed_training_learns_and_reaches_the_dense_accuracy(entry: str) -> None:
-    compressed, dense = run(Plan(entry))[0], run(Plan(None))[0]
+@pytest.mark.parametrize(
+    ("entry", "value_format"),
+    [("python", "bf16"), ("cpp", "bf16"), ("cpp", "fp32"), ("cpp", "sign")],
+)
+def test_compressed_training_learns_and_reaches_the_dense_accuracy(
+    entry: str, value_format: str
+) -> None:
+    compressed, dense = run(Plan(entry, value_format=value_format))[0], run(Plan(None))[0]
     assert compressed.losses[0] > 4 * compressed.losses[8] and compressed.losses[-1] < 0.1, (
         compressed.losses
     )

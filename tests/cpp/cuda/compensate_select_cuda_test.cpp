@@ -25,16 +25,22 @@ void expect_as_on_cpu(const SelectionCase& c, CudaPlan& plan, size_t gradient_fr
 TEST(CompensateSelectCuda, EqualsTheCpuEngineOnAdversarialDataOfAllTypes) {
   const int64_t t = kTileNumel;
   // A small group, one of several tiles with a tail, a dense segment between, one in which nearly all is sent.
-  const Layout layout = Layout::make(Numbers{300, 3 * t + 77, 50, 2 * t + 1, t}, Numbers{0, 1, -1, 2, 3},
-                                     Numbers{3, selection_k(0.01, 3 * t + 77), 7000, 41});
-  CudaPlan plan(layout);
+  const auto layout_with = [&](ValueFormat value_format) {
+    return Layout::make(Numbers{300, 3 * t + 77, 50, 2 * t + 1, t}, Numbers{0, 1, -1, 2, 3},
+                        Numbers{3, selection_k(0.01, 3 * t + 77), 7000, 41}, value_format);
+  };
+  std::vector<std::unique_ptr<CudaPlan>> plans;
+  for (const ValueFormat value_format : kValueFormats) plans.push_back(std::make_unique<CudaPlan>(layout_with(value_format)));
+  size_t round = 0; // the value formats take turns
   for (const Data data : kAllData)
     for (const GradientType type : kGradientTypes)
       for (const bool error_feedback : {true, false}) {
         if (type != GradientType::kFloat32 && !error_feedback) continue;
-        SCOPED_TRACE(std::string(testing::name_of(data)) + ", " + testing::name_of(type) + (error_feedback ? "" : ", no residual") +
-                     ", seed 31");
-        expect_as_on_cpu(make_case(layout, type, make_data(data, layout.numel, 31), error_feedback), plan);
+        const size_t format = round++ % kValueFormats.size();
+        const Layout layout = layout_with(kValueFormats[format]);
+        SCOPED_TRACE(std::string(testing::name_of(data)) + ", " + testing::name_of(type) + (error_feedback ? "" : ", no residual") + ", " +
+                     name_of(layout.value_format) + ", seed 31");
+        expect_as_on_cpu(make_case(layout, type, make_data(data, layout.numel, 31), error_feedback), *plans[format]);
         if (HasFatalFailure()) return;
       }
 }
@@ -49,7 +55,8 @@ TEST(CompensateSelectCuda, EqualsTheCpuEngineAtAllTails) {
     for (const double density : {1e-9, 0.03, 0.5, 1.0}) {
       if (numel > 8000 && density > 0.4) continue;
       SCOPED_TRACE("numel " + std::to_string(numel) + ", density " + std::to_string(density) + ", seed 32");
-      const Layout layout = one_group(numel, selection_k(density, numel));
+      const ValueFormat value_format = kValueFormats[static_cast<size_t>(numel) % kValueFormats.size()];
+      const Layout layout = Layout::make(Numbers{numel}, Numbers{0}, Numbers{selection_k(density, numel)}, value_format);
       CudaPlan plan(layout);
       expect_as_on_cpu(make_case(layout, GradientType::kFloat32, make_data(Data::kNormal, numel, 32), true), plan);
       if (HasFatalFailure()) return;
@@ -57,14 +64,17 @@ TEST(CompensateSelectCuda, EqualsTheCpuEngineAtAllTails) {
 }
 
 TEST(CompensateSelectCuda, EqualsTheCpuEngineOnSmallGroupsAlone) { // which take a launch of their own
-  const Layout layout = Layout::make(Numbers{300, 1, 70, kTileNumel, 1025}, Numbers{0, 1, -1, 2, 3}, Numbers{3, 1, 40, 900});
-  CudaPlan plan(layout);
-  for (const Data data : {Data::kNormal, Data::kTies, Data::kSomeNan})
-    for (const GradientType type : kGradientTypes) {
-      SCOPED_TRACE(std::string(testing::name_of(data)) + ", " + testing::name_of(type) + ", seed 38");
-      expect_as_on_cpu(make_case(layout, type, make_data(data, layout.numel, 38), true), plan);
-      if (HasFatalFailure()) return;
-    }
+  for (const ValueFormat value_format : kValueFormats) {
+    const Layout layout =
+        Layout::make(Numbers{300, 1, 70, kTileNumel, 1025}, Numbers{0, 1, -1, 2, 3}, Numbers{3, 1, 40, 900}, value_format);
+    CudaPlan plan(layout);
+    for (const Data data : {Data::kNormal, Data::kTies, Data::kSomeNan})
+      for (const GradientType type : kGradientTypes) {
+        SCOPED_TRACE(std::string(testing::name_of(data)) + ", " + testing::name_of(type) + ", " + name_of(value_format) + ", seed 38");
+        expect_as_on_cpu(make_case(layout, type, make_data(data, layout.numel, 38), true), plan);
+        if (HasFatalFailure()) return;
+      }
+  }
 }
 
 TEST(CompensateSelectCuda, EqualsTheCpuEngineAtAnyAlignment) {
@@ -107,7 +117,7 @@ TEST(CompensateSelectCuda, RandomCasesEqualTheCpuEngine) {
 TEST(CompensateSelectCuda, AGuessThatSaysNothingIsMended) {
   // Nearly all zeros: the guess gives up. A clump that fills some tiles: their slots overflow.
   const int64_t numel = 12 * kTileNumel + 5; // two runs, so that blocks meet in the tickets
-  const Layout layout = one_group(numel, numel / 100);
+  const Layout layout = Layout::make(Numbers{numel}, Numbers{0}, Numbers{numel / 100}, ValueFormat::kSign);
   CudaPlan plan(layout);
   GradientAndResidual sparse = make_data(Data::kNormal, numel, 35);
   for (int64_t i = 0; i < numel; ++i)
@@ -118,7 +128,7 @@ TEST(CompensateSelectCuda, AGuessThatSaysNothingIsMended) {
     for (const GradientType type : kGradientTypes) {
       SCOPED_TRACE(testing::name_of(type));
       expect_as_on_cpu(make_case(layout, type, data, true), plan);
-      if (type == GradientType::kFloat32) expect_as_on_cpu(make_case(layout, type, data, false), plan);
+      expect_as_on_cpu(make_case(layout, type, data, false), plan);
       if (HasFatalFailure()) return;
     }
 }
@@ -137,7 +147,7 @@ GradientAndResidual large_sectors(int64_t numel, int64_t num_sectors, uint64_t s
 
 TEST(CompensateSelectCuda, AWrongGuessIsMended) {
   const int64_t numel = 12 * kTileNumel + 5;
-  const Layout layout = one_group(numel, numel / 100);
+  const Layout layout = Layout::make(Numbers{numel}, Numbers{0}, Numbers{numel / 100}, ValueFormat::kBFloat16);
   CudaPlan plan(layout);
   constexpr uint64_t kSeed = 14; // with which the sample holds so many that fewer than k entries seem large enough
   const GradientAndResidual data = large_sectors(numel, numel / 100 / cuda::kSectorNumel, kSeed);
@@ -149,19 +159,23 @@ TEST(CompensateSelectCuda, AWrongGuessIsMended) {
 }
 
 TEST(CompensateSelectCuda, ManyStepsKeepWhatWasNotSent) {
-  const Layout layout = Layout::make(Numbers{2 * kTileNumel + 9, 700}, Numbers{0, 1}, Numbers{90, 7});
-  CudaPlan plan(layout);
-  for (const Method method : kMethods) {
-    std::vector<float> on_device(static_cast<size_t>(layout.numel)), on_host = on_device;
-    for (uint64_t step = 0; step < 6; ++step) {
-      SCOPED_TRACE(std::string(name_of(method)) + ", step " + std::to_string(step));
-      const GradientAndResidual data = make_data(Data::kNormal, layout.numel, 40 + step);
-      const EncodedCase expected = on_cpu({layout, TypedBuffer(GradientType::kBFloat16, data.gradient), on_host});
-      const EncodedCase actual = plan.run({layout, TypedBuffer(GradientType::kBFloat16, data.gradient), on_device}, method);
-      expect_same(layout, expected, actual);
-      if (HasFatalFailure()) return;
-      on_host = expected.residual;
-      on_device = actual.residual;
+  for (const GradientType type : kGradientTypes) {
+    const ValueFormat value_format = kValueFormats[static_cast<size_t>(type)];
+    const Layout layout = Layout::make(Numbers{2 * kTileNumel + 9, 700}, Numbers{0, 1}, Numbers{90, 7}, value_format);
+    CudaPlan plan(layout);
+    for (const Method method : kMethods) {
+      std::vector<float> on_device(static_cast<size_t>(layout.numel)), on_host = on_device;
+      for (uint64_t step = 0; step < 6; ++step) {
+        SCOPED_TRACE(std::string(name_of(method)) + ", " + testing::name_of(type) + ", " + name_of(value_format) + ", step " +
+                     std::to_string(step));
+        const GradientAndResidual data = make_data(Data::kNormal, layout.numel, 40 + step);
+        const EncodedCase expected = on_cpu({layout, TypedBuffer(type, data.gradient), on_host});
+        const EncodedCase actual = plan.run({layout, TypedBuffer(type, data.gradient), on_device}, method);
+        expect_same(layout, expected, actual);
+        if (HasFatalFailure()) return;
+        on_host = expected.residual;
+        on_device = actual.residual;
+      }
     }
   }
 }

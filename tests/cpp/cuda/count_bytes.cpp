@@ -18,7 +18,7 @@ Layout layout_at(const std::vector<int64_t>& segments, double density) {
     groups.push_back(segment < 0 ? kDenseGroup : static_cast<int64_t>(k.size()));
     if (segment > 0) k.push_back(selection_k(density, segment));
   }
-  return Layout::make(numels, groups, k);
+  return Layout::make(numels, groups, k, ValueFormat::kBFloat16);
 }
 
 void print(const char* stage, const char* method, GradientType type, double density, const Counted& counted) {

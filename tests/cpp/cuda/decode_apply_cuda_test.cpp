@@ -1,4 +1,8 @@
 // decode_apply_ and restore_ on CUDA against the CPU engine, bit for bit, and against payloads that nobody should send.
+#include <filesystem>
+#include <fstream>
+
+#include "../fuzz/payload_input.h"
 #include "../testing.h"
 #include "cpu/decode_apply.h"
 #include "cpu/restore.h"
@@ -20,7 +24,8 @@ struct Decoded {
   cuda::DecodeStatus status;
 };
 
-Decoded decode_on_cuda(const Layout& layout, const Bytes& gathered, int32_t world_size, GradientType type, size_t front = 0) {
+Decoded decode_on_cuda(const Layout& layout, const Bytes& gathered, int32_t world_size, GradientType type, size_t front = 0,
+                       int64_t step = kStep) {
   CudaPlan plan(layout);
   DeviceMemory<uint8_t> payloads{std::span<const uint8_t>(gathered)};
   const auto size = static_cast<size_t>(element_bytes(type));
@@ -30,7 +35,7 @@ Decoded decode_on_cuda(const Layout& layout, const Bytes& gathered, int32_t worl
   status.fill_bytes(0);
   cuda::decode_apply(plan.device(),
                      {payloads.data(), world_size, bucket.data(), type,
-                      make_header(layout, 0, static_cast<uint32_t>(world_size), kStep, false), status.data()},
+                      make_header(layout, 0, static_cast<uint32_t>(world_size), step, false), status.data()},
                      nullptr);
   require(cudaStreamSynchronize(nullptr), "decode_apply");
   return {bucket.download(), status.download()[0]};
@@ -38,7 +43,9 @@ Decoded decode_on_cuda(const Layout& layout, const Bytes& gathered, int32_t worl
 
 Bytes decode_on_cpu(const Layout& layout, const Bytes& gathered, int64_t world_size, GradientType type) {
   TypedBuffer bucket(type, layout.numel);
-  decode_apply(layout, {gathered.data(), world_size, bucket.data(), type}, all_cuts()[0].parallel_for);
+  Entries entries;
+  EXPECT_EQ(decode(layout, gathered.data(), world_size, kStep, entries, in_one_go), "");
+  decode_apply(layout, {gathered.data(), entries, world_size, bucket.data(), type}, in_one_go);
   const auto* bytes = static_cast<const uint8_t*>(bucket.data());
   return {bytes, bytes + layout.numel * element_bytes(type)};
 }
@@ -57,10 +64,19 @@ std::vector<Layout> layouts() {
           Layout::make(Numbers{}, Numbers{}, Numbers{})};
 }
 
+Layout with(Layout layout, ValueFormat value_format) {
+  std::vector<int64_t> numels, groups, k;
+  for (const Segment& segment : layout.segments) numels.push_back(segment.numel), groups.push_back(segment.group);
+  for (const Group& group : layout.groups) k.push_back(group.k);
+  return Layout::make(numels, groups, k, value_format);
+}
+
 TEST(DecodeApplyCuda, EqualsTheCpuEngineBitForBit) {
-  for (const Layout& layout : layouts())
+  for (const Layout& of_fp32 : layouts())
     for (const int32_t world_size : {1, 2, 3, 8}) {
-      SCOPED_TRACE("numel " + std::to_string(layout.numel) + ", world_size " + std::to_string(world_size) + ", seed 51");
+      const Layout layout = with(of_fp32, kValueFormats[static_cast<size_t>(world_size % 3)]); // every one with every layout
+      SCOPED_TRACE("numel " + std::to_string(layout.numel) + ", world_size " + std::to_string(world_size) + ", " +
+                   name_of(layout.value_format) + ", seed 51");
       const Bytes gathered = random_gathered(layout, world_size, kStep, 51);
       for (const GradientType type : kGradientTypes) {
         const Decoded decoded = decode_on_cuda(layout, gathered, world_size, type);
@@ -73,7 +89,7 @@ TEST(DecodeApplyCuda, EqualsTheCpuEngineBitForBit) {
 
 TEST(DecodeApplyCuda, ManyRanksAndUnalignedBucketsGiveTheSameBits) {
   const Layout layout = Layout::make(Numbers{kDecodeTile + 3, 20, 300}, Numbers{0, -1, 1}, Numbers{60, 4});
-  for (const int32_t world_size : {127, 128, 129, 300}) {
+  for (const int32_t world_size : {255, 256, 257, 600}) {
     SCOPED_TRACE("world_size " + std::to_string(world_size) + ", seed 52");
     const Bytes gathered = random_gathered(layout, world_size, kStep, 52);
     const Decoded decoded = decode_on_cuda(layout, gathered, world_size, GradientType::kFloat32, 1);
@@ -98,9 +114,24 @@ TEST(DecodeApplyCuda, AFlaggedPayloadMakesTheBucketNanOfTheCpuEngine) {
 TEST(DecodeApplyCuda, DamagedBytesNameTheirRankAndMakeTheBucketNan) {
   const Layout layout = Layout::make(Numbers{9000, 30, 9000}, Numbers{0, -1, 1}, Numbers{100, 200});
   const int64_t stride = payload_bytes(layout);
+  const PayloadSections s = payload_sections(layout);
   const auto word = [&](Bytes& bytes, int64_t rank, int64_t offset, uint32_t value) {
     std::memcpy(bytes.data() + rank * stride + offset, &value, sizeof value);
   };
+  const auto low = [&](Bytes& bytes, int64_t rank, int64_t entry) -> uint8_t& {
+    return bytes[static_cast<size_t>(rank * stride + s.low + entry)];
+  };
+  const auto high = [&](Bytes& bytes, int64_t rank, int64_t bit) -> uint8_t& {
+    return bytes[static_cast<size_t>(rank * stride + s.high + bit / 8)];
+  };
+  // Entry 199 lies at the end of a payload whose entries of group 1 are the last of the bucket.
+  const auto replace = [&](Bytes& bytes, int64_t rank, const std::vector<int32_t>& indices) {
+    const Bytes payload =
+        payload_of_entries(layout, indices, std::vector<float>(300, 1.0f), nullptr, static_cast<uint32_t>(rank), 3, kStep);
+    std::copy(payload.begin(), payload.end(), bytes.begin() + rank * stride);
+  };
+  std::vector<int32_t> spread(300);
+  for (int e = 0; e < 300; ++e) spread[static_cast<size_t>(e)] = e < 100 ? 80 * e : 9030 + 40 * (e - 100);
   struct Damage {
     const char* name;
     std::function<void(Bytes&, int64_t rank)> apply;
@@ -113,28 +144,61 @@ TEST(DecodeApplyCuda, DamagedBytesNameTheirRankAndMakeTheBucketNan) {
       {"layout_hash", [&](Bytes& b, int64_t r) { word(b, r, 16, 77); }},
       {"step", [&](Bytes& b, int64_t r) { word(b, r, 24, 77); }},
       {"payload_bytes", [&](Bytes& b, int64_t r) { word(b, r, 56, 77); }},
-      {"first index negative", [&](Bytes& b, int64_t r) { word(b, r, 64, 0x80000000u); }},
-      {"an index too large", [&](Bytes& b, int64_t r) { word(b, r, 64 + 4 * 299, 0x7fffffff); }},
-      {"an index beyond the bucket", [&](Bytes& b, int64_t r) { word(b, r, 64 + 4 * 299, 18030); }},
+      {"value_format", [&](Bytes& b, int64_t r) { b[static_cast<size_t>(r * stride + 7)] = 9; }},
+      {"no index at all", [&](Bytes& b, int64_t r) { std::fill_n(b.begin() + r * stride + s.high, 8 * s.high_words(), uint8_t{0}); }},
+      {"indices everywhere", [&](Bytes& b, int64_t r) { std::fill_n(b.begin() + r * stride + s.high, 8 * s.high_words(), uint8_t{0xff}); }},
+      {"one index fewer",
+       [&](Bytes& b, int64_t r) {
+         replace(b, r, spread);
+         high(b, r, 0) &= 0xfe;
+       }},
+      {"one index more",
+       [&](Bytes& b, int64_t r) {
+         for (int64_t bit = 8;; bit += 8)
+           if (high(b, r, bit) != 0xff) {
+             high(b, r, bit) = 0xff;
+             break;
+           }
+       }},
+      {"a bit behind the last", [&](Bytes& b, int64_t r) { b[static_cast<size_t>(r * stride + s.high + 8 * s.high_words() - 1)] |= 0x80; }},
       {"two equal indices",
-       [&](Bytes& b, int64_t r) { std::memcpy(b.data() + r * stride + 64 + 4 * 51, b.data() + r * stride + 64 + 4 * 50, 4); }},
-      {"indices out of order", [&](Bytes& b, int64_t r) { word(b, r, 64 + 4 * 150, 5); }},
-      {"all indices equal",
        [&](Bytes& b, int64_t r) {
-         for (int e = 0; e < 300; ++e) word(b, r, 64 + 4 * e, 1234);
+         for (int e = 0; e < 100; ++e) spread[static_cast<size_t>(e)] = e;
+         replace(b, r, spread);
+         low(b, r, 51) = low(b, r, 50);
        }},
-      {"all indices descending",
+      {"indices out of order",
        [&](Bytes& b, int64_t r) {
-         for (int e = 0; e < 300; ++e) word(b, r, 64 + 4 * e, static_cast<uint32_t>(9000 - e));
+         for (int e = 0; e < 100; ++e) spread[static_cast<size_t>(e)] = e;
+         replace(b, r, spread);
+         low(b, r, 51) = 255;
        }},
-      {"an index of the next group", [&](Bytes& b, int64_t r) { word(b, r, 64 + 4 * 99, 9031); }},
+      {"a directory that is too small", [&](Bytes& b, int64_t r) { word(b, r, s.directory + 4, 0); }},
+      {"a directory that is too large", [&](Bytes& b, int64_t r) { word(b, r, s.directory + 4, 60); }},
+      {"a directory far out", [&](Bytes& b, int64_t r) { word(b, r, s.directory + 4, 0xffffffff); }},
+      {"a directory that begins late", [&](Bytes& b, int64_t r) { word(b, r, s.directory, 40); }},
+      {"an index of the next group",
+       [&](Bytes& b, int64_t r) {
+         spread[99] = 9030, spread[100] = 9031;
+         replace(b, r, spread);
+       }},
+      {"an index in the dense segment",
+       [&](Bytes& b, int64_t r) {
+         spread[99] = 9010;
+         replace(b, r, spread);
+       }},
+      {"an index beyond the bucket",
+       [&](Bytes& b, int64_t r) {
+         spread[299] = 18175;
+         replace(b, r, spread);
+       }},
   };
   for (const Damage& damage : damages)
     for (const int64_t rank : {0, 2}) {
       SCOPED_TRACE(std::string(damage.name) + ", rank " + std::to_string(rank) + ", seed 54");
       Bytes gathered = random_gathered(layout, 3, kStep, 54);
       damage.apply(gathered, rank);
-      ASSERT_NE(check_gathered(layout, gathered.data(), 3, kStep), "") << "the damage is none";
+      ASSERT_NE(refusal_of(layout, gathered, 3, kStep), "") << "the damage is none";
       const Decoded decoded = decode_on_cuda(layout, gathered, 3, GradientType::kFloat32);
       EXPECT_EQ(decoded.status.bad_rank, static_cast<uint32_t>(rank) + 1);
       EXPECT_EQ(decoded.status.step_is_bad, 1u);
@@ -147,47 +211,75 @@ TEST(DecodeApplyCuda, DamagedBytesNameTheirRankAndMakeTheBucketNan) {
 }
 
 TEST(DecodeApplyCuda, AnyBytesStayInsideTheBuffers) {
-  const Layout layout = Layout::make(Numbers{9000, 30, 9000}, Numbers{0, -1, 1}, Numbers{100, 200});
+  const Layout of_fp32 = Layout::make(Numbers{9000, 30, 9000}, Numbers{0, -1, 1}, Numbers{100, 200});
   for (uint64_t seed = 0; seed < 12; ++seed) {
+    const Layout layout = with(of_fp32, kValueFormats[seed % 3]);
     SCOPED_TRACE("seed " + std::to_string(seed));
     Random random(seed);
     Bytes gathered = random_gathered(layout, 3, kStep, seed);
     for (int n = 0; n < (seed < 6 ? 3 : 20000); ++n)
       gathered[static_cast<size_t>(random.integer(0, static_cast<int64_t>(gathered.size())))] = static_cast<uint8_t>(random.bits());
-    const bool bad = !check_gathered(layout, gathered.data(), 3, kStep).empty();
+    const bool bad = !refusal_of(layout, gathered, 3, kStep).empty();
     const Decoded decoded = decode_on_cuda(layout, gathered, 3, GradientType::kFloat32);
     EXPECT_EQ(decoded.status.bad_rank != 0, bad);
   }
 }
 
+// What the fuzzer of the CPU decoder has kept: both decoders let the same payloads pass, and stay inside their buffers on all of them.
+TEST(DecodeApplyCuda, JudgesTheFuzzersCorpusAsTheCpuEngineDoes) {
+  int passed = 0, refused = 0;
+  for (const auto& file : std::filesystem::directory_iterator(COMPRESSED_DDP_FUZZ_CORPUS)) {
+    SCOPED_TRACE(file.path().filename().string());
+    std::ifstream stream(file.path(), std::ios::binary);
+    const Bytes bytes{std::istreambuf_iterator<char>(stream), {}};
+    const fuzz::PayloadInput input = fuzz::payload_input(bytes);
+    const bool bad = !refusal_of(input.layout, input.payload, fuzz::kWorldSize, fuzz::kStep).empty();
+    const Decoded decoded = decode_on_cuda(input.layout, input.payload, fuzz::kWorldSize, GradientType::kFloat32, 0, fuzz::kStep);
+    EXPECT_EQ(decoded.status.bad_rank, bad ? 1u : 0u);
+    ++(bad ? refused : passed);
+  }
+  EXPECT_GE(passed, 24);
+  EXPECT_GE(refused, 50);
+}
+
+TEST(DecodeApplyCuda, AnEntryInADenseSegmentOfItsGroupIsAddedInOrder) { // which nobody refuses, and which only harm can send
+  const Layout layout = Layout::make(Numbers{40, 300, 40}, Numbers{0, -1, 0}, Numbers{3});
+  const std::vector<float> gradient = normal_values(layout.numel, 57);
+  Bytes gathered;
+  for (uint32_t rank = 0; rank < 3; ++rank) {
+    const Bytes payload = payload_of_entries(layout, {1, 41, 339}, {1.0f, 1e8f, 3.0f}, gradient.data(), rank, 3, kStep);
+    gathered.insert(gathered.end(), payload.begin(), payload.end());
+  }
+  const Decoded decoded = decode_on_cuda(layout, gathered, 3, GradientType::kFloat32);
+  EXPECT_EQ(decode_on_cpu(layout, gathered, 3, GradientType::kFloat32), decoded.bucket);
+  EXPECT_EQ(decoded.status.bad_rank, 0u);
+}
+
 TEST(RestoreCuda, EqualsTheCpuEngineBitForBit) {
-  const Layout layout = Layout::make(Numbers{5000, 40, 6000, 0, 3, 9000}, Numbers{0, -1, 1, -1, 2, 3}, Numbers{50, 60, 1, 700});
-  Bytes payload = random_gathered(layout, 1, kStep, 55);
-  auto* values = reinterpret_cast<float*>(payload.data() + values_offset_bytes(layout));
-  values[3] = HUGE_VALF;
-  values[70] = float_of(kCanonicalNanBits);
-  const std::vector<uint8_t> unused = {0, 0, 1, 0, 0, 0};
-  for (const bool with_unused : {false, true})
+  for (const ValueFormat value_format : kValueFormats)
     for (const int condition : {-1, 0, 1}) { // none, pointing to 0, pointing to 1
-      SCOPED_TRACE("unused " + std::to_string(with_unused) + ", condition " + std::to_string(condition));
+      SCOPED_TRACE(std::string(name_of(value_format)) + ", condition " + std::to_string(condition) + ", seed 55");
+      const Layout layout =
+          Layout::make(Numbers{5000, 40, 6000, 0, 3, 9000}, Numbers{0, -1, 1, -1, 2, 3}, Numbers{50, 60, 1, 700}, value_format);
+      Random random(55);
+      const std::vector<int32_t> indices = random_indices(layout, random);
+      std::vector<float> values = normal_values(layout.selected_numel, 55);
+      if (value_format != ValueFormat::kSign) values[3] = HUGE_VALF, values[70] = float_of(kCanonicalNanBits), values[80] = 0;
+      const Bytes payload = payload_of_entries(layout, indices, values, nullptr, 0, 1, kStep);
       std::vector<float> expected = normal_values(layout.numel, 56);
       const std::vector<float> before = expected;
-      if (condition != 0)
-        restore(layout, payload.data(), with_unused ? unused.data() : nullptr, segment_pointers(layout, expected.data()).data());
+      if (condition != 0) restore(layout, entries_of(layout, payload.data()), segment_pointers(layout, expected.data()).data());
 
       CudaPlan plan(layout);
-      DeviceMemory<uint8_t> device_payload{std::span<const uint8_t>(payload)}, device_unused{std::span<const uint8_t>(unused)};
+      DeviceMemory<uint8_t> device_payload{std::span<const uint8_t>(payload)};
       DeviceMemory<float> residual{std::span<const float>(before)};
       std::vector<float*> pointers = segment_pointers(layout, residual.data());
-      for (size_t s = 0; s < pointers.size(); ++s)
-        if (layout.segments[s].group == kDenseGroup) pointers[s] = nullptr;
+      for (size_t i = 0; i < pointers.size(); ++i)
+        if (layout.segments[i].group == kDenseGroup) pointers[i] = nullptr;
       DeviceMemory<float*> table{std::span<float* const>(pointers)};
       const std::vector<uint32_t> flag = {static_cast<uint32_t>(condition)};
       DeviceMemory<uint32_t> device_flag{std::span<const uint32_t>(flag)};
-      cuda::restore(
-          plan.device(),
-          {device_payload.data(), with_unused ? device_unused.data() : nullptr, table.data(), condition < 0 ? nullptr : device_flag.data()},
-          nullptr);
+      cuda::restore(plan.device(), {device_payload.data(), table.data(), condition < 0 ? nullptr : device_flag.data()}, nullptr);
       require(cudaStreamSynchronize(nullptr), "restore");
       EXPECT_TRUE(same_bits(expected, residual.download()));
     }

@@ -99,13 +99,13 @@ class Lane {
     SCOPED_TRACE(std::string(name_) + ", sequences " + std::to_string(compared_) + " .. " + std::to_string(enqueued_ - 1));
     while (compared_ < enqueued_) step_on_cpu(compared_++);
     std::vector<uint8_t> payload(payload_.size());
-    encode_selected(layout_, cpu_values_.data(), cpu_indices_.data(), payload.data());
+    encode_selected(layout_, {cpu_values_.data(), cpu_indices_.data(), nullptr, false, payload.data()}, in_one_go); // fp32 loses nothing
     const int64_t last = enqueued_ - 1;
     TypedBuffer& gradient = cpu_gradients_[gradient_of(last)];
     encode_dense(layout_, gradient.data(), type_, nullptr, payload.data());
     encode_header(layout_, 0, 1, last, false, payload.data());
     TypedBuffer bucket(type_, layout_.numel);
-    decode_apply(layout_, {payload.data(), 1, bucket.data(), type_}, all_cuts()[0].parallel_for);
+    decode_apply(layout_, {payload.data(), entries_of(layout_, payload.data()), 1, bucket.data(), type_}, in_one_go);
 
     require(cudaStreamSynchronize(stream_), "the launches");
     expect_same_payload(layout_, payload, payload_.download());
