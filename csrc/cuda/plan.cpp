@@ -26,7 +26,7 @@ constexpr int64_t kMaxSlotNumel = kTileNumel / 2;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// Calls function(bytes, pointer member) for every table; the order is the order in memory.
+// Places of parts that lie one after another.
 struct Offsets {
   int64_t at = 0;
   int64_t next(int64_t bytes) {
@@ -41,6 +41,7 @@ int64_t bytes_of(const std::vector<T>& table) {
   return static_cast<int64_t>(table.size() * sizeof(T));
 }
 
+// Calls function(table) for every table; the order is the order in memory.
 template <typename Plan, typename Function>
 void for_each_table(Plan& plan, Function&& function) {
   function(plan.tiles);
@@ -117,7 +118,7 @@ Plan::Plan(const Layout& layout)
     large.k = group.k;
     large.numel = group.numel;
     large.entry_offset = group.entry_offset;
-    large.first_run = static_cast<int32_t>(runs.size());
+    const auto first_run = static_cast<int32_t>(runs.size());
     large.slot_numel =
         static_cast<int32_t>(std::clamp(kSlotFactor * kTileNumel * group.k / group.numel / 64 * 64, kMinSlotNumel, kMaxSlotNumel));
     const auto index = static_cast<int32_t>(large_groups.size());
@@ -140,7 +141,7 @@ Plan::Plan(const Layout& layout)
       if (t == first_tile || runs.back().num_tiles == kRunTiles) runs.push_back({t, 0, index, t == first_tile ? 1 : 0});
       ++runs.back().num_tiles;
     }
-    large.num_runs = static_cast<int32_t>(runs.size()) - large.first_run;
+    large.num_runs = static_cast<int32_t>(runs.size()) - first_run;
     large_groups.push_back(large);
   }
 }

@@ -46,7 +46,6 @@ struct LargeGroup {
   int32_t num_tiles;
   int32_t num_runs;
   int32_t slot_numel; // candidates per tile
-  int32_t first_run;
 };
 
 struct SmallGroup {
