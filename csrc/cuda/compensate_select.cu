@@ -9,6 +9,22 @@ namespace {
 void checked_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
 template <typename gradient_t>
+void load() {
+  const auto one = [](auto* kernel) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "loading compensate_select");
+  };
+  one(guess_kernel<gradient_t>);
+  one(filter_kernel<gradient_t, false>);
+  one(filter_kernel<gradient_t, true>);
+  one(histogram_kernel<gradient_t, false>);
+  one(histogram_kernel<gradient_t, true>);
+  one(small_kernel<gradient_t>);
+  one(refine_kernel<gradient_t>);
+  one(emit_kernel<gradient_t>);
+}
+
+template <typename gradient_t>
 void enqueue(const DevicePlan& plan, const SelectArguments& a, Method method, cudaStream_t stream) {
   const bool one_pass = plan.num_tiles > 0 && method == Method::kOnePass;
   if (one_pass) {
@@ -47,6 +63,22 @@ void compensate_select_and_encode(const DevicePlan& plan, const SelectArguments&
     default:
       return enqueue<BFloat16>(plan, arguments, method, stream);
   }
+}
+
+void load_compensate_select(GradientType type) {
+  switch (type) {
+    case GradientType::kFloat32:
+      return load<float>();
+    case GradientType::kFloat16:
+      return load<Float16>();
+    default:
+      return load<BFloat16>();
+  }
+}
+
+cudaError_t try_compensate_select() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, emit_kernel<float>);
 }
 
 void clear_workspace(const Plan& plan, void* workspace, cudaStream_t stream) {

@@ -204,6 +204,8 @@ __global__ void __launch_bounds__(kThreads) decode_apply_nan_kernel(DevicePlan p
   bool flagged = false;
   for (int rank = threadIdx.x; rank < a.world_size; rank += kThreads) flagged |= (header_of(a, rank).flags & kFlagNonFinite) != 0;
   if (!__syncthreads_or(flagged) && a.status->bad_rank == 0) return;
+  // An earlier bucket's bad rank makes this one NaN as well: its step is as bad, whatever became of the flag since.
+  if (blockIdx.x == 0 && threadIdx.x == 0) atomicOr(&a.status->step_is_bad, 1u);
   using stored_t = decltype(round_to(0.0f, static_cast<gradient_t*>(nullptr)));
   const stored_t nan = [] {
     if constexpr (std::is_same_v<gradient_t, float>)
@@ -213,6 +215,13 @@ __global__ void __launch_bounds__(kThreads) decode_apply_nan_kernel(DevicePlan p
   }();
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < plan.numel; i += int64_t{gridDim.x} * kThreads)
     static_cast<stored_t*>(a.bucket)[i] = nan;
+}
+
+template <typename gradient_t>
+void load() {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, decode_apply_kernel<gradient_t>), "loading decode_apply");
+  check(cudaFuncGetAttributes(&attributes, decode_apply_nan_kernel<gradient_t>), "loading decode_apply_nan");
 }
 
 template <typename gradient_t>
@@ -234,6 +243,17 @@ void decode_apply(const DevicePlan& plan, const DecodeArguments& arguments, cuda
       return enqueue<Float16>(plan, arguments, stream);
     default:
       return enqueue<BFloat16>(plan, arguments, stream);
+  }
+}
+
+void load_decode_apply(GradientType type) {
+  switch (type) {
+    case GradientType::kFloat32:
+      return load<float>();
+    case GradientType::kFloat16:
+      return load<Float16>();
+    default:
+      return load<BFloat16>();
   }
 }
 

@@ -10,7 +10,7 @@ namespace {
 // One thread per entry; its segment by binary search in the table, which stays in the caches.
 __global__ void __launch_bounds__(kThreads) restore_kernel(DevicePlan plan, RestoreArguments a) {
   const int64_t entry = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (entry >= plan.selected_numel || (a.condition != nullptr && *a.condition == 0)) return;
+  if (entry >= plan.selected_numel || (a.condition != nullptr && *a.condition == 0) || (a.sent != nullptr && *a.sent == 0)) return;
   const auto* words = reinterpret_cast<const uint32_t*>(a.payload + sizeof(PayloadHeader));
   const int64_t index = static_cast<int32_t>(words[entry]);
   const float value = __uint_as_float(words[plan.selected_numel + entry]);
@@ -27,6 +27,11 @@ __global__ void __launch_bounds__(kThreads) restore_kernel(DevicePlan plan, Rest
 }
 
 } // namespace
+
+void load_restore() {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, restore_kernel), "loading restore");
+}
 
 void restore(const DevicePlan& plan, const RestoreArguments& arguments, cudaStream_t stream) {
   if (plan.selected_numel == 0) return;
