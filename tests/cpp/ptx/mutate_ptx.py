@@ -150,7 +150,9 @@ def main() -> int:
     parser.add_argument("--then", default="", help="tests that only survivors of --filter meet")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--kind", choices=["sync", "compare"], default="sync")
-    parser.add_argument("--kernel", default="", help="only kernels whose name this expression finds")
+    parser.add_argument(
+        "--kernel", default="", help="only kernels whose name this expression finds"
+    )
     parser.add_argument("--sample", type=int, default=0, help="only so many, chosen at random")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
