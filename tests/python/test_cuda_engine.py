@@ -169,26 +169,47 @@ def test_a_damaged_payload_is_raised_once_by_the_next_all_reduce_of_the_same_nam
 # ---- a selection that stops halfway
 
 
-def refused_launch(rank: int, world_size: int, which: int) -> tuple[str, list[Tensor]]:
-    model = Model()
-    model.step(gradient(rank, 0))
-    message = ""
-    if which > 0:
-        # The first launch of a step gives back what the last one sent, should it have been bad.
-        Runtime().refuse_launch(which)
-        message = message_of(lambda: model.step(gradient(rank, 1)))
-    results = [model.step(gradient(rank, step)) for step in (2, 3)]
-    return message, [*results, model.residual()]
+def refused_launch(which: int) -> tuple[str, list[Tensor]]:
+    state = TopKEFState(**OPTIONS)
+    all_reduce_(gradient(0, 0), state, name="w")
+    Runtime().refuse_launch(which)
+    message = message_of(lambda: all_reduce_(gradient(0, 1), state, name="w"))
+    before = state.state_dict()["residuals"]["w"]
+    sent = all_reduce_(gradient(0, 2), state, name="w")
+    return message, [before, sent, state.state_dict()["residuals"]["w"]]
 
 
-def test_a_selection_whose_second_launch_is_refused_leaves_nothing_behind() -> None:
-    for (message, seen), (_, expected) in zip(
-        ranks.run(2, refused_launch, 3), ranks.run(2, refused_launch, 0)
-    ):
-        assert "compensate_select_filter" in message
-        assert seen[-1].isfinite().all()
-        # What the optimizer got differs in one thing only: step 1 never came.
-        assert all(torch.equal(a, b) for a, b in zip(seen, expected))
+def refused_launches(rank: int, world_size: int) -> list[tuple[str, list[Tensor]]]:
+    return [refused_launch(which) for which in range(2, 8)]  # the first launch is restore
+
+
+def test_a_selection_that_was_refused_halfway_leaves_a_workspace_for_the_next_one() -> None:
+    refused = []
+    for message, (before, sent, after) in ranks.run(1, refused_launches)[0]:
+        refused.append(message.split(":")[1].strip())
+        assert torch.equal(sent + after, before + gradient(0, 2))
+        assert torch.count_nonzero(sent) == K
+        assert sent[sent != 0].abs().min() >= after.abs().max()
+    stages = ["guess", "filter", "histogram, again", "filter, again", "refine", "emit"]
+    assert refused == [f"compensate_select_{stage}" for stage in stages]
+
+
+def refused_decode(rank: int, world_size: int) -> tuple[list[str], Tensor, Tensor]:
+    state, messages = TopKEFState(**OPTIONS), []
+    all_reduce_(gradient(rank, 0), state, name="w")
+    before = state.state_dict()["residuals"]["w"]
+    Runtime().refuse_launch(8)
+    messages.append(message_of(lambda: all_reduce_(gradient(rank, 1), state, name="w")))
+    capture = lambda: all_reduce_(gradient(rank, 2), state, name="w")  # noqa: E731
+    Runtime().capture(lambda: messages.append(message_of(capture)))
+    return messages, before + gradient(rank, 1), state.state_dict()["residuals"]["w"]
+
+
+def test_a_step_that_failed_after_its_selection_gives_back_and_no_graph_begins_behind_it() -> None:
+    (failed, refused), expected, residual = ranks.run(1, refused_decode)[0]
+    assert "decode_apply" in failed
+    assert "a CUDA graph cannot begin behind a failed step" in refused
+    assert torch.equal(residual, expected)
 
 
 # ---- streams
