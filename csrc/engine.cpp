@@ -252,8 +252,9 @@ void Engine::mark_failed(const Request& request) {
 
 std::shared_ptr<Bucket> Engine::find_bucket(const Request& request) const {
   const GradientType type = gradient_type(request.buffer);
-  const bool on_device = runs_on_device(request.buffer);
   const auto [begin, end] = buckets_.equal_range(first_entry(request.entries));
+  if (begin == end) return nullptr; // before a device is asked what it can run: the first call may come in a capture
+  const bool on_device = runs_on_device(request.buffer);
   for (auto found = begin; found != end; ++found)
     if (found->second->key().is(request.entries, request.presence_numel, type, on_device)) return found->second;
   return nullptr;
