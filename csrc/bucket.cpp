@@ -11,6 +11,11 @@
 #include "wire_format.h"
 
 namespace compressed_ddp {
+namespace {
+
+uint8_t unused_of(size_t entry, const std::vector<uint8_t>& unused) { return entry < unused.size() ? unused[entry] : 0; }
+
+} // namespace
 
 Bucket::Bucket(BucketKey key, Scope scope, ValueFormat value_format, int64_t min_compress_numel)
     : key_(std::move(key)), scope_(scope), value_format_(value_format) {
@@ -86,7 +91,7 @@ void Bucket::point_at_residuals(ResidualStore* residuals, c10::Device device) {
 }
 
 void Bucket::note_sent(const std::vector<uint8_t>& unused) {
-  for (size_t s = 0; s < parts_.size(); ++s) unused_[s] = parts_[s].entry < unused.size() ? unused[parts_[s].entry] : 0;
+  for (size_t s = 0; s < parts_.size(); ++s) unused_[s] = unused_of(parts_[s].entry, unused);
   for (const Part& part : parts_)
     if (!part.dense) key_.entries[part.entry]->was_compressed = true;
 }
@@ -157,6 +162,12 @@ void Bucket::restore() {
 }
 
 #if COMPRESSED_DDP_CUDA
+bool Bucket::knows_unused(const std::vector<uint8_t>& unused) const {
+  std::vector<uint8_t> of_segments;
+  for (const Part& part : parts_) of_segments.push_back(unused_of(part.entry, unused));
+  return device_->knows_unused(of_segments);
+}
+
 bool Bucket::is_prepared_on_device(double density, int64_t world_size, const ResidualStore* residuals) const {
   return device_ != nullptr && density == density_ && world_size == world_size_ && (residuals != nullptr) == error_feedback_;
 }
@@ -178,17 +189,15 @@ void Bucket::compensate_select_and_encode_on_device(const at::Tensor& gradient, 
                                                     int64_t step, cudaStream_t stream) {
   note_sent(unused);
   device_->compensate_select_and_encode(gradient, unused_, rank, step, stream);
-  sent_ = error_feedback_;
 }
 
 void Bucket::restore_on_device(const uint32_t* condition, cudaStream_t stream) {
-  if (!sent_) return;
+  if (!error_feedback_) return;
   device_->restore(condition, stream);
-  sent_ = false;
+  device_->forget_sent(stream);
 }
 
-void Bucket::read_statistics(cudaStream_t stream) {
-  const cuda::SelectStatistics sums = device_->statistics(stream);
+void Bucket::take_statistics(const cuda::SelectStatistics& sums) {
   last.gradient_sq = sums.gradient_sq;
   last.sent_sq = sums.sent_sq;
   last.residual_sq = std::max(0.0, sums.acc_sq - sums.sent_sq);

@@ -23,13 +23,14 @@ enum class Scope : int64_t { kTensor = 0, kBucket = 1, kChunk = 2 };
 
 inline constexpr int64_t kChunkNumel = 4096; // of scope "chunk"; a chunk lies in one segment, whose last one may be shorter
 
-// What identifies a bucket: its parts in order and the gradient's type. Equal keys share one Bucket.
+// What identifies a bucket: its parts in order, the gradient's type, and whether the CUDA stages run it. Equal keys share one Bucket.
 struct BucketKey {
   std::vector<EntryPtr> entries;
   int64_t presence_numel = 0; // dense fp32 entries behind the last parameter (all_reduce_gradients), 0 for DDP
   GradientType type;
-  bool is(const std::vector<EntryPtr>& other_entries, int64_t other_presence_numel, GradientType other_type) const {
-    return entries == other_entries && presence_numel == other_presence_numel && type == other_type;
+  bool on_device = false; // no part of what the ranks compare
+  bool is(const std::vector<EntryPtr>& other_entries, int64_t other_presence_numel, GradientType other_type, bool other_on_device) const {
+    return entries == other_entries && presence_numel == other_presence_numel && type == other_type && on_device == other_on_device;
   }
 };
 
@@ -67,14 +68,18 @@ class Bucket {
 
 #if COMPRESSED_DDP_CUDA
   // The same stages on a device (device_bucket.h), enqueued on `stream`. restore_on_device: only if `condition` says so, nullptr = always.
+  // What was sent is out no longer after it. Whether it was until then, the device knows, not `sent_`.
+  bool knows_unused(const std::vector<uint8_t>& unused) const; // it is that of the last step
   bool is_prepared_on_device(double density, int64_t world_size, const ResidualStore* residuals) const;
   void prepare_on_device(double density, int64_t world_size, ResidualStore* residuals, c10::Device device, cudaStream_t stream);
   void compensate_select_and_encode_on_device(const at::Tensor& gradient, const std::vector<uint8_t>& unused, uint32_t rank, int64_t step,
                                               cudaStream_t stream);
   void restore_on_device(const uint32_t* condition, cudaStream_t stream);
-  void read_statistics(cudaStream_t stream); // into `last`; waits
+  void take_statistics(const cuda::SelectStatistics& sums); // into `last`
   DeviceBucket* on_device() const { return device_.get(); }
   std::shared_ptr<DeviceReport> report;
+  at::Tensor dense_norm; // of the gradient in a dense step; on the device
+  bool captured = false; // a CUDA graph holds pointers into its buffers
 #endif
 
   // Stages 1 and 2. gradient: flat CPU tensor [layout numel]. unused: per entry. Afterwards payload() is complete.

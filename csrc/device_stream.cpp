@@ -4,6 +4,8 @@
 #include <c10/core/Stream.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include "cuda/launch.h"
+
 namespace compressed_ddp {
 namespace {
 
@@ -15,16 +17,32 @@ void wait_for(const c10::Stream& waiter, const c10::Stream& other) {
   event.block(waiter);
 }
 
+bool captures(const c10::Stream& stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const auto handle = static_cast<cudaStream_t>(stream.native_handle());
+  if (cudaStreamIsCapturing(handle, &status) == cudaSuccess) return status != cudaStreamCaptureStatusNone;
+  cudaGetLastError(); // the next launch must not find it
+  return false;
+}
+
+c10::Stream stream_of(c10::Device device) {
+  const std::optional<c10::Device> with_streams = device_of_streams(device);
+  TORCH_INTERNAL_ASSERT(with_streams, device, " has no streams");
+  return Guard(with_streams->type()).getStreamFromGlobalPool(*with_streams, /*isHighPriority=*/true);
+}
+
 } // namespace
 
-bool has_cuda_stages(c10::Device device) { return device.is_cuda(); }
+bool is_capturing(c10::Device device) {
+  const std::optional<c10::Device> with_streams = device_of_streams(device);
+  return with_streams && captures(Guard(with_streams->type()).getStream(*with_streams));
+}
 
 struct DeviceStream::Streams {
   c10::Stream stream;
 };
 
-DeviceStream::DeviceStream(c10::Device device)
-    : streams_(new Streams{Guard(device.type()).getStreamFromGlobalPool(device, /*isHighPriority=*/true)}) {}
+DeviceStream::DeviceStream(c10::Device device) : streams_(new Streams{stream_of(device)}) {}
 DeviceStream::~DeviceStream() = default;
 
 cudaStream_t DeviceStream::handle() const { return static_cast<cudaStream_t>(streams_->stream.native_handle()); }
@@ -33,14 +51,17 @@ struct DeviceStream::Scope::Saved {
   Guard guard;
   c10::Device device;
   c10::Stream stream; // that was current on the engine's device
+  c10::Stream ours;
 };
 
 DeviceStream::Scope::Scope(DeviceStream& stream) {
   const c10::Stream ours = stream.streams_->stream;
-  Guard guard(ours.device_type());
-  const c10::Device before = guard.exchangeDevice(ours.device());
-  saved_.reset(new Saved{guard, before, guard.exchangeStream(ours)});
+  const Guard guard(ours.device_type());
+  // All that may throw comes first: nobody would undo what was exchanged.
+  saved_.reset(new Saved{guard, guard.getDevice(), guard.getStream(ours.device()), ours});
   wait_for(ours, saved_->stream);
+  guard.exchangeDevice(ours.device());
+  guard.exchangeStream(ours);
 }
 
 DeviceStream::Scope::~Scope() {
@@ -48,18 +69,13 @@ DeviceStream::Scope::~Scope() {
   saved_->guard.exchangeDevice(saved_->device);
 }
 
-void DeviceStream::complete(c10::ivalue::Future& future, c10::IValue result, const at::Tensor& buffer) {
-  // A device-aware future records an event on the current stream here, and blocks the stream of whoever waits.
-  future.markCompleted(std::move(result), std::vector{buffer.storage().getWeakStorageImpl()});
-}
+void DeviceStream::Scope::join() { wait_for(saved_->stream, saved_->ours); }
 
-void DeviceStream::before_collective() {} // ProcessGroups order their work behind the current stream
+void DeviceStream::hold(const at::Tensor& buffer) {
+  if (buffer.storage().data() == nullptr) return;
+  Guard(streams_->stream.device_type()).recordDataPtrOnStream(buffer.storage().data_ptr(), streams_->stream);
+}
 
 void DeviceStream::synchronize() { streams_->stream.synchronize(); }
-
-bool DeviceStream::is_capturing() const {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  return cudaStreamIsCapturing(handle(), &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
-}
 
 } // namespace compressed_ddp

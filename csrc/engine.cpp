@@ -39,6 +39,16 @@ c10::Device record_device(c10d::ProcessGroup& process_group, c10::Device device)
   return device;
 }
 
+const Entry* first_entry(const std::vector<EntryPtr>& entries) { return entries.empty() ? nullptr : entries.front().get(); }
+
+bool runs_on_device([[maybe_unused]] const at::Tensor& buffer) {
+#if COMPRESSED_DDP_CUDA
+  return has_cuda_stages(buffer.device());
+#else
+  return false;
+#endif
+}
+
 } // namespace
 
 std::exception_ptr failed_exchange(const Engine::Place& place, const std::exception& error, bool refused) {
@@ -85,9 +95,7 @@ c10::intrusive_ptr<Future> Engine::run(Fill&& fill, at::Tensor buffer, c10::IVal
   } catch (...) {
     // A bucket of this step that cannot even start: the optimizer will not use the step, so the others have to give back what they
     // sent. (Unless it would have begun a new step, or is another model's: then the step before was a good one.)
-    const bool repeats =
-        std::any_of(request.entries.begin(), request.entries.end(), [&](const EntryPtr& entry) { return entry->last_step == step_; });
-    if (request.begun || (request.known && !repeats)) mark_failed(request);
+    if (request.begun || (request.known && !repeats(request))) mark_failed(request);
     future->setError(std::current_exception());
   }
   return future;
@@ -160,10 +168,12 @@ void Engine::check_entries(const Request& request) const {
 
 // ---- steps
 
+bool Engine::repeats(const Request& request) const {
+  return std::any_of(request.entries.begin(), request.entries.end(), [&](const EntryPtr& entry) { return entry->last_step == step_; });
+}
+
 void Engine::begin_step_if_repeated(Request& request) {
-  const bool repeated =
-      std::any_of(request.entries.begin(), request.entries.end(), [&](const EntryPtr& entry) { return entry->last_step == step_; });
-  if (repeated) {
+  if (repeats(request)) {
     wait_until_idle();
     settle();
     metrics_ = current_metrics();
@@ -218,8 +228,13 @@ void Engine::reduce(Request& request) {
   TORCH_CHECK(process_group,
               "compressed_ddp: the process group is gone (destroy_process_group was called?); create a new TopKEFState, or a new "
               "process group before the next step");
+#if COMPRESSED_DDP_CUDA
+  check_capture(request, *process_group); // before anything is enqueued or allocated
+  const std::string report = take_reports();
+#endif
   begin_step_if_repeated(request);
 #if COMPRESSED_DDP_CUDA
+  TORCH_CHECK(report.empty(), report);
   if (has_cuda_stages(request.buffer.device())) return reduce_on_device(bucket_of(request), request, process_group);
 #endif
   if (!request.buffer.is_cpu()) return reduce_through_host(request, process_group);
@@ -235,21 +250,38 @@ void Engine::mark_failed(const Request& request) {
   progress_->step_is_bad = true;
 }
 
-std::shared_ptr<Bucket> Engine::bucket_of(const Request& request) {
+std::shared_ptr<Bucket> Engine::find_bucket(const Request& request) const {
   const GradientType type = gradient_type(request.buffer);
-  const Entry* first = request.entries.empty() ? nullptr : request.entries.front().get();
-  const auto [begin, end] = buckets_.equal_range(first);
+  const auto [begin, end] = buckets_.equal_range(first_entry(request.entries));
+  if (begin == end) return nullptr; // before a device is asked what it can run: the first call may come in a capture
+  const bool on_device = runs_on_device(request.buffer);
   for (auto found = begin; found != end; ++found)
-    if (found->second->key().is(request.entries, request.presence_numel, type)) return found->second;
+    if (found->second->key().is(request.entries, request.presence_numel, type, on_device)) return found->second;
+  return nullptr;
+}
+
+std::shared_ptr<Bucket> Engine::bucket_of(const Request& request) {
+  if (std::shared_ptr<Bucket> found = find_bucket(request)) return found;
   // A rebuilt bucket takes its parameters from older ones, which will not come again: their buffers go.
   const std::set<EntryPtr> taken(request.entries.begin(), request.entries.end());
-  std::erase_if(buckets_, [&](const auto& item) {
+  const auto is_taken = [&](const auto& item) {
     const auto& entries = item.second->key().entries;
     return std::any_of(entries.begin(), entries.end(), [&](const EntryPtr& entry) { return taken.contains(entry); });
-  });
+  };
+  BucketKey key{request.entries, request.presence_numel, gradient_type(request.buffer), runs_on_device(request.buffer)};
+#if COMPRESSED_DDP_CUDA
+  for (const auto& item : buckets_) {
+    if (!is_taken(item)) continue;
+    TORCH_CHECK(!item.second->captured, "compressed_ddp: a CUDA graph holds the buffers of the bucket that begins with '",
+                item.second->name(), "', but its parameters came in another bucket; use a new TopKEFState for it");
+    // The residual is about to move to the host.
+    if (item.second->key().on_device && !key.on_device && device_stream_ != nullptr) device_stream_->synchronize();
+  }
+#endif
+  std::erase_if(buckets_, is_taken);
   return buckets_
-      .emplace(first, std::make_shared<Bucket>(BucketKey{request.entries, request.presence_numel, type}, options_.scope,
-                                               options_.value_format, options_.min_compress_numel))
+      .emplace(first_entry(request.entries),
+               std::make_shared<Bucket>(std::move(key), options_.scope, options_.value_format, options_.min_compress_numel))
       ->second;
 }
 
@@ -319,8 +351,12 @@ void Engine::note_dense(const std::shared_ptr<Bucket>& bucket, const Request& re
   bucket->last.dense = true;
   bucket->last.gradient_bytes = bucket->last.payload_bytes = static_cast<double>(gradient_bytes);
   bucket->last.dense_bytes = bucket->last.bytes_sent = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
-  const auto norm = at::linalg_vector_norm(request.buffer, 2, std::nullopt, false, at::kFloat).item<double>();
-  bucket->last.gradient_sq = bucket->last.sent_sq = norm * norm;
+  const at::Tensor norm = at::linalg_vector_norm(request.buffer, 2, std::nullopt, false, at::kFloat);
+#if COMPRESSED_DDP_CUDA
+  if (bucket->key().on_device) bucket->dense_norm = norm; // metrics() reads it, and only then waits
+#endif
+  const double on_host = bucket->key().on_device ? 0 : norm.item<double>();
+  bucket->last.gradient_sq = bucket->last.sent_sq = on_host * on_host;
   step_buckets_.push_back(bucket);
 }
 

@@ -120,7 +120,11 @@ class Engine {
                         const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
   void sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group);
   void dense_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group);
-  void raise_reports();
+  void check_capture(Request& request, c10d::ProcessGroup& process_group);
+  void check_not_captured(const char* what) const;
+  std::shared_ptr<DeviceReport> new_report(c10::Device device);
+  std::string take_reports();
+  void clear_reports();
   void settle_device(bool all);
   void settle_device_now();
   void read_device_statistics();
@@ -132,6 +136,8 @@ class Engine {
   void begin_step_if_repeated(Request& request);
   void check_entries(const Request& request) const;
   void check_one_model(const c10d::GradBucket& bucket, const std::vector<at::Tensor>& parameters);
+  bool repeats(const Request& request) const; // it begins a new step
+  std::shared_ptr<Bucket> find_bucket(const Request& request) const;
   std::shared_ptr<Bucket> bucket_of(const Request& request);
   double density_of_current_step();
   void agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& process_group, c10::Device device);
@@ -154,6 +160,9 @@ class Engine {
   std::unique_ptr<DeviceStream> device_stream_; // of the first bucket's device
   c10::Device device_ = at::kCPU;
   std::shared_ptr<DeviceReport> device_report_; // of the model's buckets; named tensors have their own
+  // All that were ever made: one that nobody uses any more serves the next bucket, since copies to it may be on their way.
+  std::vector<std::shared_ptr<DeviceReport>> reports_;
+  std::unique_ptr<PinnedBytes> statistics_; // where metrics() has them copied to
 #endif
 
   int64_t step_ = 0;                                  // index of the current step

@@ -4,8 +4,14 @@
 // In the steady state the host waits for nothing (with NCCL; Gloo reads device memory through the host and waits for itself). What
 // the host would want to know, the device reports later: a damaged payload at the next call, a bad step as a flag in device memory
 // that decides there, at the beginning of the next step, whether what was sent comes back.
+#include <c10/core/DeviceGuard.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <cstring>
+#include <optional>
+
+#include "cuda/launch.h"
 #include "engine.h"
 #include "exchange.h"
 
@@ -15,29 +21,51 @@ DeviceStream& Engine::device_stream(c10::Device device) {
   if (device_stream_ == nullptr) {
     device_stream_ = std::make_unique<DeviceStream>(device);
     device_ = device;
-    device_report_ = std::make_shared<DeviceReport>(device, device_stream_->handle());
   }
   TORCH_CHECK_VALUE(device == device_, "compressed_ddp: expected all buckets of one state on ", device_, ", got one on ", device,
                     "; a model on several devices needs a TopKEFState for each");
   return *device_stream_;
 }
 
+// Whatever a replay could not repeat is refused here, before the call touches the device or begins a step.
+void Engine::check_capture(Request& request, c10d::ProcessGroup& process_group) {
+  if (!is_capturing(request.buffer.device())) return;
+  const bool begins_step = repeats(request);
+  const int64_t step = step_ + (begins_step ? 1 : 0);
+  TORCH_CHECK(step >= options_.dense_steps, "compressed_ddp: a CUDA graph cannot hold a dense step (step ", step,
+              " of dense_steps=", options_.dense_steps,
+              "), because later steps are not like it; run the dense steps and one compressed step, then capture");
+  TORCH_CHECK(!options_.density_of_step,
+              "compressed_ddp: a CUDA graph cannot follow a callable density, because a replay repeats the captured k; use a number");
+  const std::shared_ptr<Bucket> bucket = find_bucket(request);
+  TORCH_CHECK(bucket != nullptr && agreed_.contains(bucket->identity_hash()) &&
+                  bucket->is_prepared_on_device(options_.density, process_group.getSize(), options_.error_feedback ? &residuals_ : nullptr),
+              "compressed_ddp: a CUDA graph cannot hold a bucket's first compressed step, which allocates and compares the ranks' "
+              "layouts; run one compressed step before the capture");
+  TORCH_CHECK(bucket->knows_unused(request.unused),
+              "compressed_ddp: a CUDA graph cannot hold a step with other unused parameters than the step before it, because they are "
+              "copied to the device then; run one step that uses the same parameters before the capture");
+  if (begins_step) {
+    const std::lock_guard lock(progress_->mutex);
+    for (const auto& last : step_buckets_)
+      TORCH_CHECK(!gives_back(*last),
+                  "compressed_ddp: a CUDA graph cannot begin behind a failed step, because a replay would repeat that "
+                  "what was sent comes back; run one good step before the capture");
+  }
+  bucket->captured = true;
+}
+
+void Engine::check_not_captured(const char* what) const {
+  for (const auto& [first, bucket] : buckets_)
+    TORCH_CHECK(!bucket->captured, "TopKEFState.", what, ": a CUDA graph holds the buffers of the bucket that begins with '",
+                bucket->name(), "', which this call would free; use a new TopKEFState, and capture again");
+}
+
 void Engine::reduce_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request,
                               const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   DeviceStream& stream = device_stream(request.buffer.device());
-  raise_reports();
+  if (!is_capturing(request.buffer.device())) stream.hold(request.buffer);
   const DeviceStream::Scope scope(stream);
-  if (stream.is_capturing()) {
-    TORCH_CHECK(!is_dense_step(), "compressed_ddp: a CUDA graph cannot hold a dense step (step ", step_,
-                " of dense_steps=", options_.dense_steps,
-                "), because later steps are not like it; run the dense steps and one compressed step, then capture");
-    TORCH_CHECK(!options_.density_of_step,
-                "compressed_ddp: a CUDA graph cannot follow a callable density, because a replay repeats the captured k; use a number");
-    TORCH_CHECK(
-        agreed_.contains(bucket->identity_hash()) && bucket->is_prepared_on_device(options_.density, process_group->getSize(), &residuals_),
-        "compressed_ddp: a CUDA graph cannot hold a bucket's first compressed step, which allocates and compares the ranks' "
-        "layouts; run one compressed step before the capture");
-  }
   if (is_dense_step())
     dense_on_device(bucket, request, *process_group);
   else
@@ -50,34 +78,50 @@ void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
   const int64_t world_size = process_group.getSize();
   const int rank = process_group.getRank();
   agree(bucket, process_group, request.buffer.device());
+  TORCH_CHECK(
+      !bucket->captured || bucket->is_prepared_on_device(options_.density, world_size, options_.error_feedback ? &residuals_ : nullptr),
+      "compressed_ddp: a CUDA graph holds the buffers of the bucket that begins with '", bucket->name(),
+      "', but they would have to change for another world size; use a new TopKEFState, and capture again");
   bucket->prepare_on_device(density_of_current_step(), world_size, options_.error_feedback ? &residuals_ : nullptr, request.buffer.device(),
                             stream.handle());
-  if (bucket->report == nullptr)
-    bucket->report = bucket->is_independent() ? std::make_shared<DeviceReport>(request.buffer.device(), stream.handle()) : device_report_;
-
+  if (bucket->report == nullptr) {
+    if (!bucket->is_independent() && device_report_ == nullptr) device_report_ = new_report(request.buffer.device());
+    bucket->report = bucket->is_independent() ? new_report(request.buffer.device()) : device_report_;
+  }
   bucket->compensate_select_and_encode_on_device(request.buffer, request.unused, static_cast<uint32_t>(rank), step_, stream.handle());
   DeviceBucket& device = *bucket->on_device();
   note_sparse(bucket, request, world_size, device.payload().numel());
-  try {
-    stream.before_collective();
-    start_all_gather(process_group, device.payload(), device.gathered())->wait(); // NCCL: only the stream waits
-  } catch (const std::exception& error) {
+  const auto mark = [&] {
     const std::lock_guard lock(progress_->mutex);
     bucket->failed = true;
     progress_->step_is_bad = progress_->step_is_bad || !bucket->is_independent();
+  };
+  try {
+    // NCCL: only the stream waits.
+    stream.run([&process_group, payload = device.payload(), gathered = device.gathered()]() mutable {
+      start_all_gather(process_group, payload, gathered)->wait();
+    });
+  } catch (const std::exception& error) {
+    mark();
     std::rethrow_exception(failed_exchange({bucket, step_, rank, static_cast<int>(world_size)}, error));
   }
-  device.decode_apply(request.buffer, step_, *bucket->report, stream.handle());
+  try {
+    device.decode_apply(request.buffer, step_, *bucket->report, stream.handle());
+  } catch (...) {
+    mark();
+    throw;
+  }
 }
 
 void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group) {
   agree(bucket, process_group, request.buffer.device());
-  note_dense(bucket, request, process_group.getSize());
   at::Tensor buffer = request.buffer;
-  buffer.div_(process_group.getSize()); // before the sum, so that fp16 does not overflow
   try {
-    device_stream_->before_collective();
-    start_all_reduce(process_group, buffer)->wait();
+    device_stream_->run([&] {
+      note_dense(bucket, request, process_group.getSize());
+      buffer.div_(process_group.getSize()); // before the sum, so that fp16 does not overflow
+      start_all_reduce(process_group, buffer)->wait();
+    });
   } catch (const std::exception& error) {
     std::rethrow_exception(failed_exchange({bucket, step_, process_group.getRank(), process_group.getSize()}, error));
   }
@@ -85,49 +129,101 @@ void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Reques
 
 // ---- what the device has found out
 
-// A payload that was not what it should be: its bucket became NaN, the step is bad, and this is when the host hears of it.
-void Engine::raise_reports() {
-  if (device_stream_ == nullptr) return;
-  std::set<std::shared_ptr<DeviceReport>> reports{device_report_};
-  for (const auto& bucket : step_buckets_)
-    if (bucket->report != nullptr) reports.insert(bucket->report);
-  for (const auto& report : reports) {
-    const uint32_t bad_rank = report->take_bad_rank(device_stream_->handle());
-    TORCH_CHECK(bad_rank == 0, "compressed_ddp: an earlier payload of rank ", bad_rank - 1,
-                " was not what this rank expected; its bucket became NaN on every rank. That rank loaded another checkpoint, was reset or "
-                "rolled forward alone, or runs another version. Nothing is lost here: state.state_dict() can still be saved; then restart "
-                "from the last checkpoint");
+std::shared_ptr<DeviceReport> Engine::new_report(c10::Device device) {
+  for (const auto& report : reports_) {
+    if (report.use_count() > 1) continue;
+    report->clear(device_stream_->handle());
+    return report;
   }
+  reports_.push_back(std::make_shared<DeviceReport>(device, device_stream_->handle()));
+  return reports_.back();
 }
 
-// What the last step sent is spent, or comes back; the device decides unless the host already knows (`all`: rollback).
+// A payload that was not what it should be: its bucket became NaN, its step is bad, and this is when the host hears of it. In words, of
+// one rank; empty = of none.
+std::string Engine::take_reports() {
+  if (device_stream_ == nullptr) return {};
+  const c10::DeviceGuard guard(device_);
+  uint32_t bad_rank = 0;
+  for (const auto& report : reports_) {
+    const uint32_t found = report->take_bad_rank(device_stream_->handle());
+    if (found != 0 && (bad_rank == 0 || found < bad_rank)) bad_rank = found;
+  }
+  if (bad_rank == 0) return {};
+  return "compressed_ddp: an earlier payload of rank " + std::to_string(bad_rank - 1) +
+         " was not what this rank expected; its bucket became NaN on every rank. That rank loaded another checkpoint, was reset or "
+         "rolled forward alone, or runs another version. Nothing is lost here: state.state_dict() can still be saved; then restart "
+         "from the last checkpoint";
+}
+
+// The steps that they are about are no part of this state any more.
+void Engine::clear_reports() {
+  if (device_stream_ == nullptr) return;
+  const c10::DeviceGuard guard(device_);
+  for (const auto& report : reports_) report->clear(device_stream_->handle());
+}
+
+// What the last step sent is spent, or comes back; the device decides unless the host already knows (`all`: rollback, which leaves the
+// flags as they are: buckets of the same step may still come).
 void Engine::settle_device(bool all) {
   if (device_stream_ == nullptr || step_buckets_.empty()) return;
-  const DeviceStream::Scope scope(*device_stream_);
+  DeviceStream::Scope scope(*device_stream_);
   std::set<std::shared_ptr<DeviceReport>> reports;
   for (const auto& bucket : step_buckets_) {
     if (bucket->on_device() == nullptr || bucket->report == nullptr) continue;
     bucket->restore_on_device(all || gives_back(*bucket) ? nullptr : bucket->report->step_is_bad(), device_stream_->handle());
     reports.insert(bucket->report);
   }
+  if (all) return scope.join(); // a replay that comes next runs on the caller's stream
   for (const auto& report : reports) report->clear_step(device_stream_->handle());
 }
 
-// For state_dict(): as settle_device, but a good step stays open for rollback(). Waits for the device.
+// For state_dict(): as settle_device, but a good step stays open for rollback(). Waits for the device. Keeps nothing of what it hears
+// on the host: replays of a CUDA graph would not forget it.
 void Engine::settle_device_now() {
   if (device_stream_ == nullptr) return;
   const DeviceStream::Scope scope(*device_stream_);
+  std::map<std::shared_ptr<DeviceReport>, bool> is_bad;
   for (const auto& bucket : step_buckets_)
-    if (bucket->report != nullptr && bucket->report->read_step_is_bad(device_stream_->handle())) bucket->failed = true;
+    if (bucket->report != nullptr && !is_bad.contains(bucket->report))
+      is_bad[bucket->report] = bucket->report->read_step_is_bad(device_stream_->handle());
   for (const auto& bucket : step_buckets_)
-    if (bucket->on_device() != nullptr && gives_back(*bucket)) bucket->restore_on_device(nullptr, device_stream_->handle());
+    if (bucket->on_device() != nullptr && bucket->report != nullptr && (is_bad[bucket->report] || gives_back(*bucket)))
+      bucket->restore_on_device(nullptr, device_stream_->handle());
   device_stream_->synchronize();
 }
 
+// One wait for all buckets. Replays of a CUDA graph run on the caller's stream; else what that holds is not waited for.
 void Engine::read_device_statistics() {
-  if (device_stream_ == nullptr) return;
-  for (const auto& bucket : step_buckets_)
-    if (bucket->on_device() != nullptr) bucket->read_statistics(device_stream_->handle());
+  if (device_stream_ == nullptr || step_buckets_.empty()) return;
+  const c10::DeviceGuard guard(device_);
+  std::optional<DeviceStream::Scope> behind_replays;
+  if (std::any_of(step_buckets_.begin(), step_buckets_.end(), [](const auto& bucket) { return bucket->captured; }))
+    behind_replays.emplace(*device_stream_);
+  const cudaStream_t stream = device_stream_->handle();
+  const size_t bytes = step_buckets_.size() * sizeof(cuda::SelectStatistics);
+  if (statistics_ == nullptr || statistics_->size() < bytes) statistics_ = std::make_unique<PinnedBytes>(device_, 2 * bytes);
+  auto* to = statistics_->at<cuda::SelectStatistics>();
+  for (const auto& bucket : step_buckets_) {
+    if (bucket->last.dense && bucket->dense_norm.defined())
+      cuda::check(cudaMemcpyAsync(to, bucket->dense_norm.const_data_ptr(), sizeof(float), cudaMemcpyDeviceToHost, stream),
+                  "reading a norm");
+    else if (bucket->on_device() != nullptr)
+      bucket->on_device()->copy_statistics(to, stream);
+    ++to;
+  }
+  device_stream_->synchronize();
+  to = statistics_->at<cuda::SelectStatistics>();
+  for (const auto& bucket : step_buckets_) {
+    if (bucket->last.dense && bucket->dense_norm.defined()) {
+      float norm = 0;
+      std::memcpy(&norm, to, sizeof norm);
+      bucket->last.gradient_sq = bucket->last.sent_sq = double{norm} * norm;
+    } else if (bucket->on_device() != nullptr) {
+      bucket->take_statistics(*to);
+    }
+    ++to;
+  }
 }
 
 } // namespace compressed_ddp

@@ -28,7 +28,13 @@ void Engine::rollback() {
 
 void Engine::reset() {
   const std::lock_guard lock(mutex_);
+#if COMPRESSED_DDP_CUDA
+  check_not_captured("reset");
+#endif
   wait_until_idle();
+#if COMPRESSED_DDP_CUDA
+  clear_reports();
+#endif
   residuals_.reset();
   buckets_.clear();
   step_buckets_.clear();
@@ -52,7 +58,14 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::export_residuals() {
     for (const auto& bucket : step_buckets_)
       if (gives_back(*bucket)) bucket->restore();
   }
-  return residuals_.export_residuals();
+  std::vector<std::pair<std::string, at::Tensor>> residuals = residuals_.export_residuals();
+#if COMPRESSED_DDP_CUDA
+  // The copies are made on the caller's stream, to which they belong: what the stages write next comes behind them.
+  if (device_stream_ != nullptr) {
+    const DeviceStream::Scope behind(*device_stream_);
+  }
+#endif
+  return residuals;
 }
 
 // Once ranks have compressed, the buckets that they have compared stay compared: if only one rank loads in the middle of a run, it
@@ -62,8 +75,14 @@ void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Ten
   TORCH_CHECK_VALUE(!(has_compressed_ && step < options_.dense_steps),
                     "TopKEFState.load_state_dict: this state is past its dense steps and cannot go back to step ", step,
                     " (dense_steps=", options_.dense_steps, "); call reset() on every rank first");
+#if COMPRESSED_DDP_CUDA
+  check_not_captured("load_state_dict");
+#endif
   wait_until_idle();
   residuals_.import_residuals(residuals);
+#if COMPRESSED_DDP_CUDA
+  clear_reports();
+#endif
   if (!has_compressed_) agreed_.clear(); // all ranks are dense: they meet in a comparison in every step
   residuals_.forget_steps();
   buckets_.clear();
@@ -99,7 +118,8 @@ Metrics Engine::current_metrics() const {
 Metrics Engine::metrics() {
   const std::lock_guard lock(mutex_);
 #if COMPRESSED_DDP_CUDA
-  raise_reports();
+  const std::string report = take_reports();
+  TORCH_CHECK(report.empty(), report);
   read_device_statistics();
 #endif
   const std::lock_guard progress_lock(progress_->mutex);

@@ -122,6 +122,13 @@ PYBIND11_MODULE(_C, m) {
   m.attr("wire_version") = kWireVersion;
   m.attr("payload_header_bytes") = sizeof(PayloadHeader);
   m.attr("instruction_set") = best_filter().name;
+#if COMPRESSED_DDP_CUDA
+  m.attr("built_with_cuda") = true;
+  m.def("has_cuda_stages", &has_cuda_stages, py::arg("device"), py::call_guard<release_gil>());
+#else
+  m.attr("built_with_cuda") = false;
+  m.def("has_cuda_stages", [](at::Device) { return false; }, py::arg("device"));
+#endif
   m.def("self_test", &self_test);
   m.def("failed_future", &failed_future, py::arg("message"), py::arg("is_value_error"));
   m.def("selection_k", &selection_k, py::arg("density"), py::arg("numel"));

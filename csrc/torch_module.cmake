@@ -28,10 +28,11 @@ message(STATUS "compressed_ddp ${COMPRESSED_DDP_VERSION}, torch ${torch_version}
 include(CheckCXXCompilerFlag)
 check_cxx_compiler_flag(-fopenmp COMPRESSED_DDP_HAS_OPENMP_FLAG)
 
-# What engine_device.cpp and its parts need is added by the caller: a module may have another device_stream.
+# What engine_device.cpp and its parts need is added by the caller: a module may have another device_cuda.
 set(module_sources bucket.cpp engine.cpp engine_state.cpp exchange.cpp module.cpp ops.cpp residuals.cpp)
 list(TRANSFORM module_sources PREPEND ${PROJECT_SOURCE_DIR}/csrc/)
-set(COMPRESSED_DDP_DEVICE_SOURCES ${PROJECT_SOURCE_DIR}/csrc/device_bucket.cpp ${PROJECT_SOURCE_DIR}/csrc/engine_device.cpp)
+set(COMPRESSED_DDP_DEVICE_SOURCES ${PROJECT_SOURCE_DIR}/csrc/device_bucket.cpp ${PROJECT_SOURCE_DIR}/csrc/device_stream.cpp
+    ${PROJECT_SOURCE_DIR}/csrc/engine_device.cpp)
 
 function(compressed_ddp_torch_module target)
   Python_add_library(${target} MODULE WITH_SOABI ${module_sources})

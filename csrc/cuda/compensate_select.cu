@@ -19,6 +19,23 @@ void clear_bits_without_kernel(const DevicePlan& plan, const SelectArguments& a,
 }
 
 template <typename gradient_t>
+void load(ValueFormat value_format) {
+  const auto one = [](auto* kernel) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "loading compensate_select");
+  };
+  one(guess_kernel<gradient_t>);
+  one(filter_kernel<gradient_t, false>);
+  one(filter_kernel<gradient_t, true>);
+  one(histogram_kernel<gradient_t, false>);
+  one(histogram_kernel<gradient_t, true>);
+  one(small_kernel<gradient_t>);
+  one(refine_kernel<gradient_t>);
+  with_value_format(value_format, [&](auto format) { one(emit_kernel<gradient_t, format.value>); });
+  one(encode_lost_kernel);
+}
+
+template <typename gradient_t>
 void enqueue(const DevicePlan& plan, const SelectArguments& a, Method method, cudaStream_t stream) {
   const bool one_pass = plan.num_tiles > 0 && method == Method::kOnePass;
   if (plan.num_tiles == 0) clear_bits_without_kernel(plan, a, stream);
@@ -44,16 +61,8 @@ void enqueue(const DevicePlan& plan, const SelectArguments& a, Method method, cu
     checked_launch("compensate_select_refine");
   }
   const int emit_blocks = plan.num_runs + plan.num_dense_tiles + 1;
-  switch (plan.value_format) {
-    case ValueFormat::kFloat32:
-      emit_kernel<gradient_t, ValueFormat::kFloat32><<<emit_blocks, kThreads, 0, stream>>>(plan, a);
-      break;
-    case ValueFormat::kBFloat16:
-      emit_kernel<gradient_t, ValueFormat::kBFloat16><<<emit_blocks, kThreads, 0, stream>>>(plan, a);
-      break;
-    default:
-      emit_kernel<gradient_t, ValueFormat::kSign><<<emit_blocks, kThreads, 0, stream>>>(plan, a);
-  }
+  with_value_format(plan.value_format,
+                    [&](auto format) { emit_kernel<gradient_t, format.value><<<emit_blocks, kThreads, 0, stream>>>(plan, a); });
   checked_launch("compensate_select_emit");
   if (plan.value_format == ValueFormat::kSign && a.residuals != nullptr && plan.selected_numel > 0) {
     encode_lost_kernel<<<static_cast<unsigned>(plan.sections.directory_numel), kThreads, 0, stream>>>(plan, a);
@@ -72,6 +81,22 @@ void compensate_select_and_encode(const DevicePlan& plan, const SelectArguments&
     default:
       return enqueue<BFloat16>(plan, arguments, method, stream);
   }
+}
+
+void load_compensate_select(GradientType type, ValueFormat value_format) {
+  switch (type) {
+    case GradientType::kFloat32:
+      return load<float>(value_format);
+    case GradientType::kFloat16:
+      return load<Float16>(value_format);
+    default:
+      return load<BFloat16>(value_format);
+  }
+}
+
+cudaError_t try_compensate_select() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, emit_kernel<float, ValueFormat::kFloat32>);
 }
 
 void clear_workspace(const Plan& plan, void* workspace, cudaStream_t stream) {

@@ -43,7 +43,13 @@ struct SelectArguments { // all pointers in device memory
   uint8_t* payload;             // [payload_bytes(layout)], 64-byte aligned
   PayloadHeader header;         // make_header(.., non_finite = false): the flag is set on the device
   SelectStatistics* statistics; // written
+  uint32_t* sent = nullptr;     // set to 1 by the last kernel: the payload holds entries that are missing from the residual
 };
+
+// Loads the kernels of both methods, which CUDA does at their first launch otherwise: a selection that stops halfway has zeroed entries
+// of the residual that no payload holds.
+void load_compensate_select(GradientType type, ValueFormat value_format);
+cudaError_t try_compensate_select(); // whether the current device can run them, asked of one
 
 // Enqueues the launches on `stream`. The plan's workspace must not be used by another stream at the same time.
 void compensate_select_and_encode(const DevicePlan& plan, const SelectArguments& arguments, Method method, cudaStream_t stream);

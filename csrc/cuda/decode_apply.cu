@@ -253,6 +253,8 @@ __global__ void __launch_bounds__(kThreads) decode_apply_nan_kernel(DevicePlan p
   bool flagged = false;
   for (int rank = threadIdx.x; rank < a.world_size; rank += kThreads) flagged |= (header_of(a, rank).flags & kFlagNonFinite) != 0;
   if (!__syncthreads_or(flagged) && a.status->bad_rank == 0) return;
+  // An earlier bucket's bad rank makes this one NaN as well: its step is as bad, whatever became of the flag since.
+  if (blockIdx.x == 0 && threadIdx.x == 0) atomicOr(&a.status->step_is_bad, 1u);
   using stored_t = decltype(round_to(0.0f, static_cast<gradient_t*>(nullptr)));
   const stored_t nan = [] {
     if constexpr (std::is_same_v<gradient_t, float>)
@@ -265,20 +267,21 @@ __global__ void __launch_bounds__(kThreads) decode_apply_nan_kernel(DevicePlan p
 }
 
 template <typename gradient_t>
+void load(ValueFormat value_format) {
+  cudaFuncAttributes attributes;
+  with_value_format(value_format, [&](auto format) {
+    check(cudaFuncGetAttributes(&attributes, decode_apply_kernel<gradient_t, format.value>), "loading decode_apply");
+  });
+  check(cudaFuncGetAttributes(&attributes, decode_apply_nan_kernel<gradient_t>), "loading decode_apply_nan");
+}
+
+template <typename gradient_t>
 void enqueue(const DevicePlan& plan, const DecodeArguments& a, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>((plan.numel + kDecodeTileNumel - 1) / kDecodeTileNumel);
   const int checks = num_check_blocks(plan.num_groups, a.world_size);
   const unsigned blocks = tiles + static_cast<unsigned>(checks);
-  switch (plan.value_format) {
-    case ValueFormat::kFloat32:
-      decode_apply_kernel<gradient_t, ValueFormat::kFloat32><<<blocks, kThreads, 0, stream>>>(plan, a, checks);
-      break;
-    case ValueFormat::kBFloat16:
-      decode_apply_kernel<gradient_t, ValueFormat::kBFloat16><<<blocks, kThreads, 0, stream>>>(plan, a, checks);
-      break;
-    default:
-      decode_apply_kernel<gradient_t, ValueFormat::kSign><<<blocks, kThreads, 0, stream>>>(plan, a, checks);
-  }
+  with_value_format(plan.value_format,
+                    [&](auto format) { decode_apply_kernel<gradient_t, format.value><<<blocks, kThreads, 0, stream>>>(plan, a, checks); });
   check(cudaGetLastError(), "decode_apply");
   decode_apply_nan_kernel<gradient_t><<<min(tiles + 1, 512u), kThreads, 0, stream>>>(plan, a);
   check(cudaGetLastError(), "decode_apply_nan");
@@ -294,6 +297,17 @@ void decode_apply(const DevicePlan& plan, const DecodeArguments& arguments, cuda
       return enqueue<Float16>(plan, arguments, stream);
     default:
       return enqueue<BFloat16>(plan, arguments, stream);
+  }
+}
+
+void load_decode_apply(GradientType type, ValueFormat value_format) {
+  switch (type) {
+    case GradientType::kFloat32:
+      return load<float>(value_format);
+    case GradientType::kFloat16:
+      return load<Float16>(value_format);
+    default:
+      return load<BFloat16>(value_format);
   }
 }
 

@@ -16,8 +16,9 @@
 
 namespace compressed_ddp::cuda {
 
-struct DecodeStatus { // zero before the first call; kernels only set
-  uint32_t bad_rank;  // 1 + the lowest rank whose payload is not what this rank expects; 0 = none
+struct alignas(8) DecodeStatus { // zero before the first call; kernels only set
+  uint32_t bad_rank;             // 1 + the lowest rank whose payload is not what this rank expects; 0 = none
+  uint32_t generation;           // the host's: which of its clearings came last; no kernel touches it
   uint32_t
       step_is_bad; // that, or some rank flagged a non-finite entry, or a result is not finite: what was sent must come back (restore.h)
 };
@@ -30,6 +31,9 @@ struct DecodeArguments {   // all pointers in device memory
   PayloadHeader expected; // make_header of rank 0; rank and flags are not compared with it
   DecodeStatus* status;
 };
+
+// Loads the kernels, which CUDA does at their first launch otherwise; a device that cannot run them is an exception here.
+void load_decode_apply(GradientType type, ValueFormat value_format);
 
 // Enqueues two launches on `stream`.
 void decode_apply(const DevicePlan& plan, const DecodeArguments& arguments, cudaStream_t stream);

@@ -153,6 +153,7 @@ __device__ void encode_header(const DevicePlan& plan, const SelectArguments& a) 
   if (plan.step->non_finite != 0) header.flags |= kFlagNonFinite;
   *reinterpret_cast<PayloadHeader*>(a.payload) = header;
   *a.statistics = {sums.of[0], sums.of[1], sums.of[2]};
+  if (a.sent != nullptr) *a.sent = 1;
 }
 
 } // namespace compressed_ddp::cuda

@@ -26,6 +26,7 @@ constexpr int64_t kMaxSlotNumel = kTileNumel / 2;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
+// Places of parts that lie one after another.
 struct Offsets {
   int64_t at = 0;
   int64_t next(int64_t bytes) {
@@ -121,7 +122,7 @@ Plan::Plan(const Layout& layout)
     large.numel = group.numel;
     large.entry_offset = group.entry_offset;
     large.group = static_cast<int32_t>(g);
-    const size_t first_run = runs.size();
+    const auto first_run = static_cast<int32_t>(runs.size());
     large.slot_numel =
         static_cast<int32_t>(std::clamp(kSlotFactor * kTileNumel * group.k / group.numel / 64 * 64, kMinSlotNumel, kMaxSlotNumel));
     const auto index = static_cast<int32_t>(large_groups.size());
@@ -144,7 +145,7 @@ Plan::Plan(const Layout& layout)
       if (t == first_tile || runs.back().num_tiles == kRunTiles) runs.push_back({t, 0, index, t == first_tile ? 1 : 0});
       ++runs.back().num_tiles;
     }
-    large.num_runs = static_cast<int32_t>(runs.size() - first_run);
+    large.num_runs = static_cast<int32_t>(runs.size()) - first_run;
     large_groups.push_back(large);
   }
 }

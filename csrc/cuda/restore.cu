@@ -10,7 +10,7 @@ namespace {
 // A block per stride of the directory.
 template <ValueFormat format>
 __global__ void __launch_bounds__(kThreads) restore_kernel(DevicePlan plan, RestoreArguments a) {
-  if (a.condition != nullptr && *a.condition == 0) return;
+  if ((a.condition != nullptr && *a.condition == 0) || (a.sent != nullptr && *a.sent == 0)) return;
   const PayloadView payload = payload_view(plan, a.payload);
   for_each_entry(plan, payload, blockIdx.x, [&](int64_t entry, int64_t index) {
     const float value = decoded_value<format>(plan, payload, entry, {0, plan.num_groups});
@@ -25,19 +25,17 @@ __global__ void __launch_bounds__(kThreads) restore_kernel(DevicePlan plan, Rest
 
 } // namespace
 
+void load_restore(ValueFormat value_format) {
+  cudaFuncAttributes attributes;
+  with_value_format(value_format,
+                    [&](auto format) { check(cudaFuncGetAttributes(&attributes, restore_kernel<format.value>), "loading restore"); });
+}
+
 void restore(const DevicePlan& plan, const RestoreArguments& arguments, cudaStream_t stream) {
   if (plan.selected_numel == 0) return;
   const auto blocks = static_cast<unsigned>(plan.sections.directory_numel);
-  switch (plan.value_format) {
-    case ValueFormat::kFloat32:
-      restore_kernel<ValueFormat::kFloat32><<<blocks, kThreads, 0, stream>>>(plan, arguments);
-      break;
-    case ValueFormat::kBFloat16:
-      restore_kernel<ValueFormat::kBFloat16><<<blocks, kThreads, 0, stream>>>(plan, arguments);
-      break;
-    default:
-      restore_kernel<ValueFormat::kSign><<<blocks, kThreads, 0, stream>>>(plan, arguments);
-  }
+  with_value_format(plan.value_format,
+                    [&](auto format) { restore_kernel<format.value><<<blocks, kThreads, 0, stream>>>(plan, arguments); });
   check(cudaGetLastError(), "restore");
 }
 

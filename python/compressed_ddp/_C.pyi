@@ -7,8 +7,10 @@ torch_version: str
 wire_version: int
 payload_header_bytes: int
 instruction_set: str
+built_with_cuda: bool
 
 def self_test() -> None: ...
+def has_cuda_stages(device: torch.device) -> bool: ...
 def selection_k(density: float, numel: int) -> int: ...
 def payload_bytes(
     segments: list[int], groups: list[int], k: list[int], value_format: str

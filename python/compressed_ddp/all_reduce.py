@@ -154,7 +154,9 @@ def all_reduce_gradients(
                 present[index] = 1
         future = engine.reduce_parameters(flat, parameters, unused)
         if future.done():
-            future.wait()  # ranks that disagree about this bucket may not have a next one: raise before it is exchanged
+            # Ranks that disagree about this bucket may not have a next one: raise before it is exchanged. Not wait(): on CUDA, where
+            # a future is done as soon as its work is enqueued, the next bucket would be filled behind this one's exchange.
+            future.value()
         started.append((parameters, views, present, future))
     for parameters, views, present, future in started:
         future.wait()

@@ -58,6 +58,23 @@ def _self_check() -> str:
     return "passed: two ranks, one bucket, native == reference.py bit for bit"
 
 
+def _engine() -> str:
+    import torch
+
+    from ._native import _C
+
+    elsewhere = (
+        "buckets on other devices go through host memory (untested: macOS, Windows, MPS, XPU)"
+    )
+    if not _C.built_with_cuda:
+        return f"CPU, built without the CUDA stages; {elsewhere}"
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    unfit = [str(device) for device in devices if not _C.has_cuda_stages(device)]
+    if unfit:
+        return f"CPU and CUDA, but not on {', '.join(unfit)}, which cannot run the kernels of this build; {elsewhere}"
+    return f"CPU and CUDA; {elsewhere}"
+
+
 def _build_info(name: str) -> object:
     return getattr(importlib.import_module("._build_info", __package__), name)
 
@@ -80,12 +97,7 @@ def main() -> int:
 
     works &= _probe("instruction set", lambda: _C.instruction_set)
     works &= _probe("wire format version", lambda: _C.wire_version)
-    _probe(
-        "engine",
-        lambda: (
-            "CPU; buckets on other devices go through host memory (untested: macOS, Windows, MPS, XPU)"
-        ),
-    )
+    _probe("engine", _engine)
     _probe("threads", torch.get_num_threads)
     _probe(
         "torch.distributed",

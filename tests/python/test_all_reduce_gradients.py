@@ -372,3 +372,33 @@ def test_a_layer_that_is_unfrozen_needs_a_new_state_which_takes_the_residuals_ov
     for message, step, names in ranks.run(2, unfreeze_between_two_steps):
         assert "new.load_state_dict(state.state_dict()), on every rank" in message
         assert (step, names) == (2, ["0.weight", "1.weight"])
+
+
+class DoneWhenEnqueued:
+    """The engine and the future of a CUDA device: done at once, and waiting makes the caller's stream wait."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def reduce_parameters(self, flat, parameters, unused):
+        self.log.append("reduce")
+        return self
+
+    def done(self) -> bool:
+        return True
+
+    def value(self) -> None:
+        self.log.append("value")
+
+    def wait(self) -> None:
+        self.log.append("wait")
+
+
+def test_no_bucket_waits_for_the_exchange_of_the_one_before(monkeypatch):
+    state, engine = sparse_state(), DoneWhenEnqueued()
+    monkeypatch.setattr(state, "_engine_with_process_group", lambda: engine)
+    tensors = parameters({"a": (40, 30)}) | parameters({"b": (40, 30)}, torch.bfloat16)
+    for tensor in tensors.values():
+        tensor.grad = torch.ones_like(tensor)
+    all_reduce_gradients(tensors.items(), state)
+    assert engine.log == ["reduce", "value"] * 2 + ["wait"] * 2

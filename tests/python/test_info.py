@@ -42,6 +42,7 @@ def test_it_says_what_is_installed_and_that_the_stages_agree(info):
     assert values["instruction set"] == _C.instruction_set
     assert values["compiled module"] == _C.__file__
     assert values["wire format version"] == str(_C.wire_version)
+    assert values["engine"].startswith("CPU and CUDA" if _C.built_with_cuda else "CPU, built")
     assert values["self check"].startswith("passed")
     assert "FAILED" not in info.stdout
 

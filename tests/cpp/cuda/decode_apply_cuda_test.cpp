@@ -25,14 +25,14 @@ struct Decoded {
 };
 
 Decoded decode_on_cuda(const Layout& layout, const Bytes& gathered, int32_t world_size, GradientType type, size_t front = 0,
-                       int64_t step = kStep) {
+                       int64_t step = kStep, uint32_t bad_rank = 0) {
   CudaPlan plan(layout);
   DeviceMemory<uint8_t> payloads{std::span<const uint8_t>(gathered)};
   const auto size = static_cast<size_t>(element_bytes(type));
   DeviceMemory<uint8_t> bucket(static_cast<size_t>(layout.numel) * size, front * size);
   bucket.fill_bytes(0x11);
-  DeviceMemory<cuda::DecodeStatus> status(1);
-  status.fill_bytes(0);
+  const std::vector<cuda::DecodeStatus> before = {{bad_rank, 0, 0}};
+  DeviceMemory<cuda::DecodeStatus> status{std::span<const cuda::DecodeStatus>(before)};
   cuda::decode_apply(plan.device(),
                      {payloads.data(), world_size, bucket.data(), type,
                       make_header(layout, 0, static_cast<uint32_t>(world_size), step, false), status.data()},
@@ -107,6 +107,17 @@ TEST(DecodeApplyCuda, AFlaggedPayloadMakesTheBucketNanOfTheCpuEngine) {
     const Decoded decoded = decode_on_cuda(layout, gathered, 3, type);
     EXPECT_EQ(decode_on_cpu(layout, gathered, 3, type), decoded.bucket);
     EXPECT_EQ(decoded.status.bad_rank, 0u);
+    EXPECT_EQ(decoded.status.step_is_bad, 1u);
+  }
+}
+
+TEST(DecodeApplyCuda, ABadRankThatNobodyHasTakenYetMakesLaterBucketsNanAndTheirStepsBad) {
+  const Layout layout = Layout::make(Numbers{9000, 30}, Numbers{0, -1}, Numbers{100});
+  const Bytes gathered = random_gathered(layout, 3, kStep, 54);
+  for (const GradientType type : kGradientTypes) {
+    const Decoded decoded = decode_on_cuda(layout, gathered, 3, type, 0, 2);
+    EXPECT_NE(decode_on_cpu(layout, gathered, 3, type), decoded.bucket);
+    EXPECT_EQ(decoded.status.bad_rank, 2u);
     EXPECT_EQ(decoded.status.step_is_bad, 1u);
   }
 }
@@ -279,7 +290,10 @@ TEST(RestoreCuda, EqualsTheCpuEngineBitForBit) {
       DeviceMemory<float*> table{std::span<float* const>(pointers)};
       const std::vector<uint32_t> flag = {static_cast<uint32_t>(condition)};
       DeviceMemory<uint32_t> device_flag{std::span<const uint32_t>(flag)};
-      cuda::restore(plan.device(), {device_payload.data(), table.data(), condition < 0 ? nullptr : device_flag.data()}, nullptr);
+      const std::vector<uint32_t> both = {0, 1};
+      DeviceMemory<uint32_t> sent{std::span<const uint32_t>(both)};
+      for (const uint32_t* is_sent : {sent.data(), sent.data() + 1}) // not, and then it is
+        cuda::restore(plan.device(), {device_payload.data(), table.data(), condition < 0 ? nullptr : device_flag.data(), is_sent}, nullptr);
       require(cudaStreamSynchronize(nullptr), "restore");
       EXPECT_TRUE(same_bits(expected, residual.download()));
     }

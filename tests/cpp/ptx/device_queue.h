@@ -49,7 +49,6 @@ class DeviceQueue {
     bool blocking = true;
     bool destroyed = false;
     std::deque<Work> queue;
-    CompletionPtr last;
   };
 
   bool may_run(const Stream& stream) const;

@@ -10,6 +10,8 @@
 #include <iterator>
 #include <map>
 #include <mutex>
+#include <optional>
+#include <set>
 
 #include "device_queue.h"
 #include "interpreter.h"
@@ -33,6 +35,14 @@ struct Kernel {
 
 struct Event {
   CompletionPtr completion; // of the last record
+  bool captured = false;    // that was in a capture
+};
+
+// Work in the order in which it was enqueued, which is one of those that its streams and events allow.
+using Graph = std::vector<std::function<void()>>;
+struct Capture {
+  std::set<DeviceQueue::StreamId> streams; // the first one, and those that have waited for one of them
+  Graph work;
 };
 
 struct Device {
@@ -46,12 +56,24 @@ struct Device {
   cudaError_t last_error = cudaSuccess;
   uint64_t calls = 0;
   StandInOptions options;
-  struct {
-    dim3 grid, block;
-    size_t shared_bytes;
-    cudaStream_t stream;
-  } configuration{};
+  std::optional<Capture> capture;
+  std::vector<Graph> graphs;
+  uint64_t refused_launch = 0; // counts down
+
+  bool captures(DeviceQueue::StreamId stream) const { return capture && capture->streams.contains(stream); }
+  CompletionPtr enqueue(DeviceQueue::StreamId stream, std::function<void()> work) {
+    if (!captures(stream)) return queue.enqueue(stream, std::move(work));
+    capture->work.push_back(std::move(work));
+    return nullptr;
+  }
 };
+
+struct Configuration {
+  dim3 grid, block;
+  size_t shared_bytes;
+  cudaStream_t stream;
+};
+thread_local Configuration configuration; // of the launch that this thread is about to make
 
 Device& device() {
   static auto* instance = new Device; // never destroyed: fat binaries unregister at exit
@@ -98,6 +120,7 @@ cudaError_t call(Function&& function) {
 cudaError_t launch_kernel(Device& d, const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared_bytes, cudaStream_t stream) {
   const auto found = d.kernels.find(stub);
   if (found == d.kernels.end()) return cudaErrorInvalidDeviceFunction;
+  if (d.refused_launch > 0 && --d.refused_launch == 0) return cudaErrorLaunchOutOfResources;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0 || threads > 1024 || grid.y > 65535 || grid.z > 65535 ||
       shared_bytes > 227 * 1024)
@@ -110,7 +133,7 @@ cudaError_t launch_kernel(Device& d, const void* stub, dim3 grid, dim3 block, vo
     const auto* bytes = static_cast<const std::byte*>(arguments[i]);
     values->emplace_back(bytes, bytes + sizes[i]);
   }
-  d.queue.enqueue(id_of(stream), [&kernel, values, grid, block, shared_bytes] {
+  d.enqueue(id_of(stream), [&kernel, values, grid, block, shared_bytes] {
     std::vector<void*> pointers;
     for (auto& value : *values) pointers.push_back(value.data());
     kernel.program->launch(kernel.name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes, pointers.data());
@@ -129,6 +152,7 @@ cudaError_t copy(void* to, const void* from, size_t bytes) {
 StandInOptions& stand_in_options() { return device().options; }
 std::optional<DeviceFailure> device_failure() { return device().failure; }
 uint64_t runtime_calls() { return device().calls; }
+void refuse_launch(uint64_t which) { device().refused_launch = which; }
 void reset_device() {
   Device& d = device();
   const std::lock_guard lock(d.mutex);
@@ -170,11 +194,11 @@ void __cudaRegisterFunction(void** program, const char* stub, char*, const char*
 }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {} // device code finds its variables in the module
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream) {
-  device().configuration = {grid, block, shared_bytes, stream};
+  simt::configuration = {grid, block, shared_bytes, stream};
   return 0;
 }
 cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared_bytes, void* stream) {
-  const auto& configuration = device().configuration;
+  const auto& configuration = simt::configuration;
   *grid = configuration.grid, *block = configuration.block, *shared_bytes = configuration.shared_bytes;
   *static_cast<cudaStream_t*>(stream) = configuration.stream;
   return cudaSuccess;
@@ -190,16 +214,31 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared_bytes, stream);
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* stub) {
+  return call([&](Device& d) {
+    *attributes = {};
+    return d.kernels.contains(stub) ? cudaSuccess : cudaErrorInvalidDeviceFunction;
+  });
+}
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* argument) {
+  return call([&](Device& d) {
+    d.enqueue(id_of(stream), [=] { function(argument); });
+    return cudaSuccess;
+  });
+}
+
 // ---- memory
 
 cudaError_t cudaMalloc(void** p, size_t bytes) {
-  return call([&](Device&) {
+  return call([&](Device& d) {
+    if (d.capture) return cudaErrorStreamCaptureUnsupported;
     *p = simt::allocate(bytes);
     return cudaSuccess;
   });
 }
 cudaError_t cudaFree(void* p) {
   return call([&](Device& d) {
+    if (d.capture) return cudaErrorStreamCaptureUnsupported;
     d.queue.wait_all();
     simt::release(p);
     return cudaSuccess;
@@ -207,7 +246,7 @@ cudaError_t cudaFree(void* p) {
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   return call([&](Device& d) {
-    d.queue.enqueue(id_of(stream), [=] { simt::copy(to, from, bytes); });
+    d.enqueue(id_of(stream), [=] { simt::copy(to, from, bytes); });
     return cudaSuccess;
   });
 }
@@ -219,7 +258,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
 }
 cudaError_t cudaMemsetAsync(void* p, int byte, size_t bytes, cudaStream_t stream) {
   return call([&](Device& d) {
-    d.queue.enqueue(id_of(stream), [=] {
+    d.enqueue(id_of(stream), [=] {
       std::memset(p, byte, bytes);
       if (simt::is_allocated(p, bytes)) simt::mark_initialized(p, bytes);
     });
@@ -229,13 +268,15 @@ cudaError_t cudaMemsetAsync(void* p, int byte, size_t bytes, cudaStream_t stream
 cudaError_t cudaMemset(void* p, int byte, size_t bytes) { return cudaMemsetAsync(p, byte, bytes, nullptr); }
 
 cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) {
-  return call([&](Device&) {
+  return call([&](Device& d) {
+    if (d.capture) return cudaErrorStreamCaptureUnsupported;
     *p = std::malloc(bytes);
     return *p != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
   });
 }
 cudaError_t cudaFreeHost(void* p) {
   return call([&](Device& d) {
+    if (d.capture) return cudaErrorStreamCaptureUnsupported;
     d.queue.wait_all();
     std::free(p);
     return cudaSuccess;
@@ -260,6 +301,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return call([&](Device& d) {
+    if (d.captures(id_of(stream))) return cudaErrorStreamCaptureUnsupported;
     d.queue.wait_stream(id_of(stream));
     return cudaSuccess;
   });
@@ -274,7 +316,42 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   return call([&](Device& d) {
     const auto found = d.events.find(event);
     if (found == d.events.end()) return cudaErrorInvalidResourceHandle;
+    if (found->second.captured && d.capture) d.capture->streams.insert(id_of(stream));
     if (found->second.completion != nullptr) d.queue.enqueue(id_of(stream), [] {}, {found->second.completion});
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  return call([&](Device& d) {
+    if (d.capture) return cudaErrorIllegalState;
+    d.capture = simt::Capture{{id_of(stream)}, {}};
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+  return call([&](Device& d) {
+    if (!d.capture) return cudaErrorIllegalState;
+    d.graphs.push_back(std::move(d.capture->work));
+    d.capture.reset();
+    *graph = reinterpret_cast<cudaGraph_t>(d.graphs.size());
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  return call([&](Device& d) {
+    *status = d.captures(id_of(stream)) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  *executable = reinterpret_cast<cudaGraphExec_t>(graph);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  return call([&](Device& d) {
+    const auto index = reinterpret_cast<uintptr_t>(executable);
+    if (index == 0 || index > d.graphs.size()) return cudaErrorInvalidValue;
+    for (const auto& work : d.graphs[index - 1]) d.enqueue(id_of(stream), work);
     return cudaSuccess;
   });
 }
@@ -293,7 +370,8 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return call([&](Device& d) {
     const auto found = d.events.find(event);
     if (found == d.events.end()) return cudaErrorInvalidResourceHandle;
-    found->second.completion = d.queue.enqueue(id_of(stream), [] {});
+    found->second.captured = d.captures(id_of(stream));
+    found->second.completion = found->second.captured ? nullptr : d.queue.enqueue(id_of(stream), [] {});
     return cudaSuccess;
   });
 }

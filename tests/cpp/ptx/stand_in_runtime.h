@@ -33,4 +33,7 @@ void reset_device();
 // Calls of the runtime so far, by anybody; a test of the stand-in itself asks whether its calls arrived here.
 uint64_t runtime_calls();
 
+// The launch after `which` - 1 others is refused, as one is whose kernel does not fit what is left of the device; 0 = none.
+void refuse_launch(uint64_t which);
+
 } // namespace simt
