@@ -124,7 +124,7 @@ def test_what_a_bad_step_left_on_the_device_ends_with_load_and_reset(back: str) 
 
 
 def send_garbage(layout: tuple[list[int], list[int], list[int]]) -> None:
-    payload = torch.zeros(_C.payload_bytes(*layout), dtype=torch.uint8)
+    payload = torch.zeros(_C.payload_bytes(*layout, "bf16"), dtype=torch.uint8)
     dist.all_gather_into_tensor(payload.new_empty(2 * payload.numel()), payload)
 
 
@@ -173,7 +173,8 @@ def refused_launch(which: int) -> tuple[str, list[Tensor]]:
     state = TopKEFState(**OPTIONS)
     all_reduce_(gradient(0, 0), state, name="w")
     Runtime().refuse_launch(which)
-    message = message_of(lambda: all_reduce_(gradient(0, 1), state, name="w"))
+    lost = gradient(0, 1)  # read until the stream is waited for: on a GPU its allocator would hold it
+    message = message_of(lambda: all_reduce_(lost, state, name="w"))
     before = state.state_dict()["residuals"]["w"]
     sent = all_reduce_(gradient(0, 2), state, name="w")
     return message, [before, sent, state.state_dict()["residuals"]["w"]]
@@ -199,7 +200,8 @@ def refused_decode(rank: int, world_size: int) -> tuple[list[str], Tensor, Tenso
     all_reduce_(gradient(rank, 0), state, name="w")
     before = state.state_dict()["residuals"]["w"]
     Runtime().refuse_launch(8)
-    messages.append(message_of(lambda: all_reduce_(gradient(rank, 1), state, name="w")))
+    lost = gradient(rank, 1)
+    messages.append(message_of(lambda: all_reduce_(lost, state, name="w")))
     capture = lambda: all_reduce_(gradient(rank, 2), state, name="w")  # noqa: E731
     Runtime().capture(lambda: messages.append(message_of(capture)))
     return messages, before + gradient(rank, 1), state.state_dict()["residuals"]["w"]

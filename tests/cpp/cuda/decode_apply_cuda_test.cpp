@@ -115,7 +115,7 @@ TEST(DecodeApplyCuda, ABadRankThatNobodyHasTakenYetMakesLaterBucketsNanAndTheirS
   const Layout layout = Layout::make(Numbers{9000, 30}, Numbers{0, -1}, Numbers{100});
   const Bytes gathered = random_gathered(layout, 3, kStep, 54);
   for (const GradientType type : kGradientTypes) {
-    const Decoded decoded = decode_on_cuda(layout, gathered, 3, type, 0, 2);
+    const Decoded decoded = decode_on_cuda(layout, gathered, 3, type, 0, kStep, 2);
     EXPECT_NE(decode_on_cpu(layout, gathered, 3, type), decoded.bucket);
     EXPECT_EQ(decoded.status.bad_rank, 2u);
     EXPECT_EQ(decoded.status.step_is_bad, 1u);
