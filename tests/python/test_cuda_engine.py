@@ -173,7 +173,9 @@ def refused_launch(which: int) -> tuple[str, list[Tensor]]:
     state = TopKEFState(**OPTIONS)
     all_reduce_(gradient(0, 0), state, name="w")
     Runtime().refuse_launch(which)
-    lost = gradient(0, 1)  # read until the stream is waited for: on a GPU its allocator would hold it
+    lost = gradient(
+        0, 1
+    )  # read until the stream is waited for: on a GPU its allocator would hold it
     message = message_of(lambda: all_reduce_(lost, state, name="w"))
     before = state.state_dict()["residuals"]["w"]
     sent = all_reduce_(gradient(0, 2), state, name="w")

@@ -114,19 +114,25 @@ TEST(CompensateSelectCuda, RandomCasesEqualTheCpuEngine) {
   }
 }
 
+Layout two_runs(ValueFormat value_format) { // so that blocks meet in the tickets and in the look-back
+  const int64_t numel = 12 * kTileNumel + 5;
+  return Layout::make(Numbers{numel}, Numbers{0}, Numbers{numel / 100}, value_format);
+}
+
 TEST(CompensateSelectCuda, AGuessThatSaysNothingIsMended) {
   // Nearly all zeros: the guess gives up. A clump that fills some tiles: their slots overflow.
-  const int64_t numel = 12 * kTileNumel + 5; // two runs, so that blocks meet in the tickets
-  const Layout layout = Layout::make(Numbers{numel}, Numbers{0}, Numbers{numel / 100}, ValueFormat::kSign);
-  CudaPlan plan(layout);
+  const int64_t numel = two_runs(ValueFormat::kFloat32).numel;
   GradientAndResidual sparse = make_data(Data::kNormal, numel, 35);
   for (int64_t i = 0; i < numel; ++i)
     if (i % 90 != 0) sparse.gradient[static_cast<size_t>(i)] = sparse.residual[static_cast<size_t>(i)] = 0;
   GradientAndResidual clump = make_data(Data::kNormal, numel, 36);
   for (int64_t i = kTileNumel; i < 2 * kTileNumel; ++i) clump.gradient[static_cast<size_t>(i)] *= 1000.0f;
-  for (const GradientAndResidual& data : {sparse, clump})
+  for (const auto& [data, value_format] :
+       {std::pair{sparse, ValueFormat::kBFloat16}, {clump, ValueFormat::kSign}, {sparse, ValueFormat::kSign}})
     for (const GradientType type : kGradientTypes) {
-      SCOPED_TRACE(testing::name_of(type));
+      SCOPED_TRACE(std::string(testing::name_of(type)) + ", " + name_of(value_format));
+      const Layout layout = two_runs(value_format);
+      CudaPlan plan(layout);
       expect_as_on_cpu(make_case(layout, type, data, true), plan);
       expect_as_on_cpu(make_case(layout, type, data, false), plan);
       if (HasFatalFailure()) return;
@@ -146,22 +152,30 @@ GradientAndResidual large_sectors(int64_t numel, int64_t num_sectors, uint64_t s
 }
 
 TEST(CompensateSelectCuda, AWrongGuessIsMended) {
-  const int64_t numel = 12 * kTileNumel + 5;
-  const Layout layout = Layout::make(Numbers{numel}, Numbers{0}, Numbers{numel / 100}, ValueFormat::kBFloat16);
-  CudaPlan plan(layout);
+  const int64_t numel = two_runs(ValueFormat::kFloat32).numel;
   constexpr uint64_t kSeed = 14; // with which the sample holds so many that fewer than k entries seem large enough
   const GradientAndResidual data = large_sectors(numel, numel / 100 / cuda::kSectorNumel, kSeed);
   for (const GradientType type : kGradientTypes) {
-    SCOPED_TRACE(std::string(testing::name_of(type)) + ", seed " + std::to_string(kSeed));
+    const Layout layout = two_runs(kValueFormats[static_cast<size_t>(type)]);
+    CudaPlan plan(layout);
+    SCOPED_TRACE(std::string(testing::name_of(type)) + ", " + name_of(layout.value_format) + ", seed " + std::to_string(kSeed));
     expect_as_on_cpu(make_case(layout, type, data, true), plan);
     if (HasFatalFailure()) return;
   }
 }
 
 TEST(CompensateSelectCuda, ManyStepsKeepWhatWasNotSent) {
-  for (const GradientType type : kGradientTypes) {
-    const ValueFormat value_format = kValueFormats[static_cast<size_t>(type)];
-    const Layout layout = Layout::make(Numbers{2 * kTileNumel + 9, 700}, Numbers{0, 1}, Numbers{90, 7}, value_format);
+  struct Formats {
+    GradientType type;
+    ValueFormat value_format;
+  };
+  for (const auto& [type, value_format] : {Formats{GradientType::kFloat32, ValueFormat::kFloat32},
+                                           {GradientType::kFloat32, ValueFormat::kBFloat16},
+                                           {GradientType::kFloat32, ValueFormat::kSign},
+                                           {GradientType::kFloat16, ValueFormat::kBFloat16},
+                                           {GradientType::kBFloat16, ValueFormat::kSign}}) {
+    const Layout layout =
+        Layout::make(Numbers{2 * kTileNumel + 9, 700, kTileNumel + 5}, Numbers{0, 1, 2}, Numbers{90, 7, 50}, value_format);
     CudaPlan plan(layout);
     for (const Method method : kMethods) {
       std::vector<float> on_device(static_cast<size_t>(layout.numel)), on_host = on_device;

@@ -254,16 +254,30 @@ TEST(DecodeApplyCuda, JudgesTheFuzzersCorpusAsTheCpuEngineDoes) {
 }
 
 TEST(DecodeApplyCuda, AnEntryInADenseSegmentOfItsGroupIsAddedInOrder) { // which nobody refuses, and which only harm can send
-  const Layout layout = Layout::make(Numbers{40, 300, 40}, Numbers{0, -1, 0}, Numbers{3});
-  const std::vector<float> gradient = normal_values(layout.numel, 57);
-  Bytes gathered;
-  for (uint32_t rank = 0; rank < 3; ++rank) {
-    const Bytes payload = payload_of_entries(layout, {1, 41, 339}, {1.0f, 1e8f, 3.0f}, gradient.data(), rank, 3, kStep);
-    gathered.insert(gathered.end(), payload.begin(), payload.end());
+  for (const ValueFormat value_format : kValueFormats) {
+    const Layout layout = Layout::make(Numbers{40, 300, 40}, Numbers{0, -1, 0}, Numbers{3}, value_format);
+    const std::vector<float> gradient = normal_values(layout.numel, 57);
+    Bytes gathered;
+    for (uint32_t rank = 0; rank < 3; ++rank) {
+      const Bytes payload = payload_of_entries(layout, {1, 41, 339}, {1.0f, 1e8f, 3.0f}, gradient.data(), rank, 3, kStep);
+      gathered.insert(gathered.end(), payload.begin(), payload.end());
+    }
+    const Decoded decoded = decode_on_cuda(layout, gathered, 3, GradientType::kFloat32);
+    EXPECT_EQ(decode_on_cpu(layout, gathered, 3, GradientType::kFloat32), decoded.bucket);
+    EXPECT_EQ(decoded.status.bad_rank, 0u);
   }
-  const Decoded decoded = decode_on_cuda(layout, gathered, 3, GradientType::kFloat32);
-  EXPECT_EQ(decode_on_cpu(layout, gathered, 3, GradientType::kFloat32), decoded.bucket);
-  EXPECT_EQ(decoded.status.bad_rank, 0u);
+}
+
+// 256 ranks are looked up at once; the last of them is passed over here, before its first barrier.
+TEST(DecodeApplyCuda, ADamagedPayloadAtTheEndOfARoundOfRanksIsNamed) {
+  for (const ValueFormat value_format : kValueFormats) {
+    const Layout layout = Layout::make(Numbers{kDecodeTile + 300}, Numbers{0}, Numbers{60}, value_format);
+    Bytes gathered = random_gathered(layout, 512, kStep, 58);
+    const int64_t payload = 255 * payload_bytes(layout);
+    std::fill_n(gathered.begin() + payload + payload_sections(layout).high, 8, uint8_t{0});
+    const Decoded decoded = decode_on_cuda(layout, gathered, 512, GradientType::kFloat32);
+    EXPECT_EQ(decoded.status.bad_rank, 256u);
+  }
 }
 
 TEST(RestoreCuda, EqualsTheCpuEngineBitForBit) {
