@@ -12,8 +12,8 @@
 
 namespace compressed_ddp {
 
-// The scale of one group: mean magnitude of `count` values, Inf and NaN counting as 0. The sum is taken over whole numbers, one per exponent, and these are
-// added in one fixed order (docs/wire_format.md): the same bits wherever and in whatever order it is computed.
+// The scale of one group: mean magnitude of `count` values, Inf and NaN counting as 0. The sum is taken over whole numbers, one per
+// exponent, and these are added in one fixed order (docs/wire_format.md): the same bits wherever and in whatever order it is computed.
 float sign_scale(const float* values, int64_t count);
 
 // Writes the values of entries [piece.begin, piece.end); what decoding will not give back goes to `lost` [piece.end - piece.begin]:
