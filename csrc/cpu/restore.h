@@ -1,8 +1,8 @@
 // restore_: adds this rank's own payload back to the residual, after a failed exchange, a skipped step or rollback(). Torch-free.
 //
 // After compensate_select and encode the residual is fl(value - decoded) where an entry was sent, so adding `decoded` gives the
-// compensated value: bit for bit with fp32 and bf16 values (but for -0, which comes back as +0), to one rounding with sign values.
-// Non-finite entries never left the residual and are passed over.
+// compensated value: bit for bit with fp32 and bf16 values (but for -0, which comes back as +0), to two roundings, at the size of the
+// scale, with sign values. Non-finite entries never left the residual and are passed over.
 #pragma once
 
 #include "decode.h"

@@ -46,7 +46,7 @@ __device__ __forceinline__ void report(DecodeStatus* status, int rank) {
   atomicOr(&status->step_is_bad, 1u);
 }
 
-// ---- checks that are not part of any tile: headers, and that every group's entries lie in the group
+// ---- checks that are not part of any tile: headers, that directories ascend, and that every group's entries lie in the group
 
 // Block `block` looks at kThreads groups of one rank.
 __device__ void check_payload(const DevicePlan& plan, const DecodeArguments& a, int block) {
@@ -59,9 +59,12 @@ __device__ void check_payload(const DevicePlan& plan, const DecodeArguments& a, 
   }
   if (g < plan.num_groups) {
     const GroupRange range = plan.group_ranges[g];
-    right = right && index_of(plan, payload, range.entry_offset) >= range.first_index &&
-            index_of(plan, payload, range.entry_offset + range.k - 1) <= range.last_index;
+    const int64_t first = index_of(plan, payload, range.entry_offset), last = index_of(plan, payload, range.entry_offset + range.k - 1);
+    right = right && first >= range.first_index && last >= first && last <= range.last_index;
   }
+  if (block < a.world_size) // otherwise a tile's search might not land where the count of the tile before it ended
+    for (int64_t d = threadIdx.x; d + 1 < plan.sections.directory_numel; d += kThreads)
+      right = right && payload.directory[d] <= payload.directory[d + 1];
   if (!right) report(a.status, rank);
 }
 __host__ __device__ inline int num_check_blocks(int num_groups, int world_size) {

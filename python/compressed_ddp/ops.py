@@ -140,7 +140,7 @@ def restore_(
     """Adds this rank's own payload back to the residual (finite values only), in place: after a failed exchange or a skipped step.
 
     With "fp32" and "bf16" the residual is then bit for bit (but for -0) what it was before the selection, plus the gradient; with
-    "sign" up to one rounding.
+    "sign" up to two roundings at the size of the scale.
 
     Args:
         residual: flat float32 [numel], as `compensate_select_` and `encode` left it.

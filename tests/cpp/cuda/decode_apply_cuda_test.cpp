@@ -268,6 +268,26 @@ TEST(DecodeApplyCuda, AnEntryInADenseSegmentOfItsGroupIsAddedInOrder) { // which
   }
 }
 
+// Directories that lie so that each tile by itself finds nothing wrong: two strides of entries belong to no tile.
+TEST(DecodeApplyCuda, ADirectoryThatDoesNotAscendIsRefused) {
+  const Layout layout = one_group(3 * kDecodeTile, 1100);
+  std::vector<int32_t> indices;
+  for (int e = 0; e < 200; ++e) indices.push_back(40 * e);
+  for (int e = 200; e < 513; ++e) indices.push_back(8192 + e);
+  for (int e = 513; e < 1100; ++e) indices.push_back(8192 + 14 * e);
+  Bytes payload = payload_of_entries(layout, indices, std::vector<float>(1100, 1.0f), nullptr, 0, 1, kStep);
+  ASSERT_EQ(refusal_of(layout, payload, 1, kStep), "");
+  const PayloadSections s = payload_sections(layout);
+  auto* directory = reinterpret_cast<uint32_t*>(payload.data() + s.directory);
+  auto* high = reinterpret_cast<uint64_t*>(payload.data() + s.high);
+  for (int64_t bit = 32 + 200; bit < directory[2] + 513; ++bit) high[bit / 64] &= ~(uint64_t{1} << bit % 64);
+  directory[1] = 40;
+  directory[2] = 31;
+  high[(31 + 512) / 64] |= uint64_t{1} << (31 + 512) % 64;
+  ASSERT_NE(refusal_of(layout, payload, 1, kStep), "");
+  EXPECT_EQ(decode_on_cuda(layout, payload, 1, GradientType::kFloat32).status.bad_rank, 1u);
+}
+
 // 256 ranks are looked up at once; the last of them is passed over here, before its first barrier.
 TEST(DecodeApplyCuda, ADamagedPayloadAtTheEndOfARoundOfRanksIsNamed) {
   for (const ValueFormat value_format : kValueFormats) {

@@ -1,0 +1,93 @@
+"""What notices a broken instruction of the CUDA kernels: a row per kernel, from tests/cpp/ptx/mutate_ptx.py.
+
+    python benchmarks/count_mutants.py build/cpp/tests/cpp/cuda [--kind sync|compare]
+
+Of each fp32 kernel (sm_80) every barrier and fence is removed in turn (`sync`), or every comparison turned
+around its edge (`compare`), and the tests of the stage are run on it in the interpreter. A `sync`
+mutant that survives is a barrier that is not needed, or one that no test reaches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from timing import RESULTS, goal, system_metadata, write
+
+MUTATE = Path(__file__).resolve().parents[1] / "tests" / "cpp" / "ptx" / "mutate_ptx.py"
+PROGRAMS = {  # which kernels, and which tests reach them quickly
+    "compensate_select_cuda_test_ptx80": (
+        "(kernelIf|encode_lost)",
+        "*AWrongGuess*:*AGuessThat*:*ManySteps*:*ManySegments*:*ALayout*:*SmallGroupsAlone*",
+    ),
+    "decode_apply_cuda_test_ptx80": ("(decode_apply_kernelIf|nan_kernelIf|restore)", "*"),
+}
+
+
+def readable(mangled: str) -> str:
+    """Return `emit<fp32, sign>` for the mangled name of a kernel."""
+    name = re.search(r"\d+([a-z_]+)_kernel", mangled)
+    formats = {"0": "fp32", "1": "bf16", "2": "sign"}
+    options = [formats[n] + " values" for n in re.findall(r"ValueFormatE(\d)", mangled)]
+    options += ["again" if n == "1" else "first" for n in re.findall(r"Lb(\d)E", mangled)]
+    stem = name[1] if name else mangled
+    return f"{stem} ({', '.join(options)})" if options else stem
+
+
+def main() -> int:
+    """Run the mutants of both programs, print what is left and write the results file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kind", choices=["sync", "compare"], default="sync")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    mutants = []
+    for program, (kernels, tests) in PROGRAMS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found = Path(folder) / "mutants.json"
+            arguments = ["--kernel", kernels, "--filter", tests, "--kind", options.kind]
+            arguments += ["--jobs", str(options.jobs), "--json", str(found)]
+            subprocess.run(
+                [sys.executable, MUTATE, options.folder / program, *arguments], check=False
+            )
+            mutants += json.loads(found.read_text())["mutants"]
+    rows = []
+    for kernel in sorted({mutant["kernel"] for mutant in mutants}):
+        outcomes = Counter(m["outcome"] or "survived" for m in mutants if m["kernel"] == kernel)
+        rows.append(
+            {
+                "kernel": readable(kernel),
+                "mutants": outcomes.total(),
+                "survived": outcomes.pop("survived", 0),
+                "noticed_as": ", ".join(f"{what} {n}" for what, n in sorted(outcomes.items())),
+            }
+        )
+    survived = sum(row["survived"] for row in rows)
+    goals = []
+    if options.kind == "sync":
+        goals.append(goal("removed barriers and fences that nothing notices", survived, at_most=0))
+    write(
+        {
+            "benchmark": "count_mutants",
+            "title": f"Mutants of the CUDA kernels ({options.kind}), executed without a GPU",
+            "system": system_metadata(),
+            "settings": {"kind": options.kind, "kernels": "fp32, PTX of sm_80, interpreted"},
+            "goals": goals,
+            "rows": rows,
+        },
+        options.output or RESULTS / f"mutants_{options.kind}.json",
+    )
+    return 1 if survived and options.kind == "sync" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
