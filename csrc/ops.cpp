@@ -2,7 +2,6 @@
 // python/compressed_ddp/ops.py documents them and holds the fake kernels.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -46,18 +46,6 @@ class LargestKeys {
   uint32_t floor_ = 0; // `count` keys so far are at least this
 };
 
-template <typename Function>
-auto with_gradient_type(GradientType type, Function&& function) {
-  switch (type) {
-    case GradientType::kFloat32:
-      return function(float{});
-    case GradientType::kFloat16:
-      return function(Float16{});
-    default:
-      return function(BFloat16{});
-  }
-}
-
 } // namespace
 
 int64_t sample_lines(int64_t numel, int64_t k) {

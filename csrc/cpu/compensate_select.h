@@ -83,7 +83,6 @@ class CompensateSelect {
     FilterResult filtered;      // of this call
     int64_t greater = 0;        // candidates above the threshold
     int64_t equal = 0;          // candidates at it
-    int64_t zeros = 0;          // zero entries taken because the group has fewer than k non-zero ones
     int64_t out = 0;            // where its first selected entry goes
     int64_t ties = 0;           // of `equal`, how many are selected
     double sent_sq = 0;

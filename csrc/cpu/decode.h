@@ -5,7 +5,6 @@
 #pragma once
 
 #include <atomic>
-#include <span>
 #include <string>
 #include <vector>
 

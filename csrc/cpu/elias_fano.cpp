@@ -25,7 +25,7 @@ void encode_indices(const PayloadSections& sections, const int32_t* indices, Pie
   uint8_t* low = payload + sections.low;
   for (int64_t e = piece.begin; e < piece.end; ++e) low[e] = static_cast<uint8_t>(indices[e]);
 
-  // A word is gathered in a register; only at its ends a piece shares it with another one.
+  // A word is gathered in a register, and or-ed in: at its ends a piece shares it with another one.
   uint64_t* words = high_words(sections, payload);
   int64_t at = -1;
   uint64_t word = 0;

@@ -18,6 +18,19 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Calls function with a value of the gradient's C++ type; decltype of its argument chooses a template.
+template <typename Function>
+auto with_gradient_type(GradientType type, Function&& function) {
+  switch (type) {
+    case GradientType::kFloat32:
+      return function(float{});
+    case GradientType::kFloat16:
+      return function(Float16{});
+    default:
+      return function(BFloat16{});
+  }
+}
+
 inline float to_float(float x) { return x; }
 
 inline float to_float(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }

@@ -63,7 +63,6 @@ void encode_values(const Layout& layout, const PayloadSections& sections, const 
     case ValueFormat::kFloat32: {
       auto* coded = reinterpret_cast<uint32_t*>(out) + piece.begin;
       for (int64_t i = 0; i < count; ++i) coded[i] = canonical_bits(values[i]);
-      std::fill_n(lost, count, 0.0f);
       return;
     }
     case ValueFormat::kBFloat16: {

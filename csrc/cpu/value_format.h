@@ -17,7 +17,8 @@ namespace compressed_ddp {
 float sign_scale(const float* values, int64_t count);
 
 // Writes the values of entries [piece.begin, piece.end); what decoding will not give back goes to `lost` [piece.end - piece.begin]:
-// fl(value - decoded), 0 for non-finite values. Scales are in the payload already. Pieces may be written at the same time.
+// fl(value - decoded), 0 for non-finite values; nothing with fp32, which loses nothing. Scales are in the payload already. Pieces may be
+// written at the same time.
 void encode_values(const Layout& layout, const PayloadSections& sections, const float* values, Piece piece, uint8_t* payload, float* lost);
 
 // Reads them back as fp32 into `values` [selected_numel].

@@ -73,25 +73,11 @@ void enqueue(const DevicePlan& plan, const SelectArguments& a, Method method, cu
 } // namespace
 
 void compensate_select_and_encode(const DevicePlan& plan, const SelectArguments& arguments, Method method, cudaStream_t stream) {
-  switch (arguments.type) {
-    case GradientType::kFloat32:
-      return enqueue<float>(plan, arguments, method, stream);
-    case GradientType::kFloat16:
-      return enqueue<Float16>(plan, arguments, method, stream);
-    default:
-      return enqueue<BFloat16>(plan, arguments, method, stream);
-  }
+  with_gradient_type(arguments.type, [&](auto gradient) { enqueue<decltype(gradient)>(plan, arguments, method, stream); });
 }
 
 void load_compensate_select(GradientType type, ValueFormat value_format) {
-  switch (type) {
-    case GradientType::kFloat32:
-      return load<float>(value_format);
-    case GradientType::kFloat16:
-      return load<Float16>(value_format);
-    default:
-      return load<BFloat16>(value_format);
-  }
+  with_gradient_type(type, [&](auto gradient) { load<decltype(gradient)>(value_format); });
 }
 
 cudaError_t try_compensate_select() {

@@ -293,25 +293,11 @@ void enqueue(const DevicePlan& plan, const DecodeArguments& a, cudaStream_t stre
 } // namespace
 
 void decode_apply(const DevicePlan& plan, const DecodeArguments& arguments, cudaStream_t stream) {
-  switch (arguments.type) {
-    case GradientType::kFloat32:
-      return enqueue<float>(plan, arguments, stream);
-    case GradientType::kFloat16:
-      return enqueue<Float16>(plan, arguments, stream);
-    default:
-      return enqueue<BFloat16>(plan, arguments, stream);
-  }
+  with_gradient_type(arguments.type, [&](auto gradient) { enqueue<decltype(gradient)>(plan, arguments, stream); });
 }
 
 void load_decode_apply(GradientType type, ValueFormat value_format) {
-  switch (type) {
-    case GradientType::kFloat32:
-      return load<float>(value_format);
-    case GradientType::kFloat16:
-      return load<Float16>(value_format);
-    default:
-      return load<BFloat16>(value_format);
-  }
+  with_gradient_type(type, [&](auto gradient) { load<decltype(gradient)>(value_format); });
 }
 
 } // namespace compressed_ddp::cuda
