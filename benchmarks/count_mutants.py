@@ -72,6 +72,11 @@ def main() -> int:
             }
         )
     survived = sum(row["survived"] for row in rows)
+    survivors = Counter(
+        (readable(m["kernel"]).split(" ")[0], m["source"], re.sub(r"%\w+", "%", m["change"]))
+        for m in mutants
+        if not m["outcome"]
+    )
     goals = []
     if options.kind == "sync":
         goals.append(goal("removed barriers and fences that nothing notices", survived, at_most=0))
@@ -83,6 +88,10 @@ def main() -> int:
             "settings": {"kind": options.kind, "kernels": "fp32, PTX of sm_80, interpreted"},
             "goals": goals,
             "rows": rows,
+            "survivors": [  # the same place in several instances of a template, and unrolled, counts together
+                {"kernel": kernel, "source": source, "comparison": comparison, "mutants": count}
+                for (kernel, source, comparison), count in sorted(survivors.items())
+            ],
         },
         options.output or RESULTS / f"mutants_{options.kind}.json",
     )

@@ -50,13 +50,19 @@ class Mutant:
     kernel: str
     change: str
     text: str  # the line that takes its place
+    source: str = ""  # where nvcc says that it comes from
     outcome: str = ""
 
 
 def sites(program: int, ptx: list[str], kind: str) -> list[Mutant]:
     """Return every mutant of a PTX text."""
-    found, kernel = [], ""
+    found, kernel, source, files = [], "", "", {}
+    for line in ptx:  # the table of files stands at the end
+        if name := re.match(r"\s*\.file\s+(\d+)\s+\"([^\"]+)\"", line):
+            files[name.group(1)] = Path(name.group(2)).name
     for number, line in enumerate(ptx, 1):
+        if place := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
+            source = f"{files.get(place.group(1), '?')}:{place.group(2)}"
         entry = re.search(r"\.(?:entry|func)\s+(?:\([^)]*\)\s*)?(\w+)", line)
         if entry:
             kernel = entry.group(1)
@@ -64,7 +70,9 @@ def sites(program: int, ptx: list[str], kind: str) -> list[Mutant]:
         operation = re.sub(r"^@!?%\w+\s+", "", text)
         if kind == "sync":
             if re.match(r"(bar(rier)?\.(sync|warp\.sync)|membar|fence)\b", operation):
-                found.append(Mutant(program, number, kernel, f"without: {operation}", "// " + line))
+                found.append(
+                    Mutant(program, number, kernel, f"without: {operation}", "// " + line, source)
+                )
             for strong in (".acquire", ".release", ".acq_rel"):
                 if strong in operation and not operation.startswith("fence"):
                     found.append(
@@ -74,6 +82,7 @@ def sites(program: int, ptx: list[str], kind: str) -> list[Mutant]:
                             kernel,
                             f"relaxed: {operation}",
                             line.replace(strong, ".relaxed"),
+                            source,
                         )
                     )
         else:
@@ -87,6 +96,7 @@ def sites(program: int, ptx: list[str], kind: str) -> list[Mutant]:
                         kernel,
                         operation,
                         line.replace(f"setp.{name}.", f"setp.{COMPARISONS[name]}.", 1),
+                        source,
                     )
                 )
     return found
