@@ -2,8 +2,8 @@
 
     python benchmarks/count_mutants.py build/cpp/tests/cpp/cuda [--kind sync|compare]
 
-Of each fp32 kernel (sm_80) every barrier and fence is removed in turn (`sync`), or every comparison turned
-around its edge (`compare`), and the tests of the stage are run on it in the interpreter. A `sync`
+Of each fp32 kernel (sm_80) every barrier and fence is removed in turn (`sync`), or every comparison of the
+source turned around its edge in one of its instances (`compare`), and the tests of the stage are run on it in the interpreter. A `sync`
 mutant that survives is a barrier that is not needed, or one that no test reaches.
 """
 
@@ -56,6 +56,8 @@ def main() -> int:
             found = Path(folder) / "mutants.json"
             arguments = ["--kernel", kernels, "--filter", tests, "--kind", options.kind]
             arguments += ["--jobs", str(options.jobs), "--json", str(found)]
+            if options.kind == "compare":
+                arguments.append("--one-per-source")
             subprocess.run(
                 [sys.executable, MUTATE, options.folder / program, *arguments], check=False
             )

@@ -1,7 +1,8 @@
 """Tests the tests of the CUDA kernels: breaks one instruction of their PTX at a time and runs the tests on it.
 
     python tests/cpp/ptx/mutate_ptx.py TEST_EXECUTABLE [--filter GTEST_FILTER] [--kind sync|compare]
-                                       [--then GTEST_FILTER] [--kernel NAME] [--sample N --seed S]
+                                       [--then GTEST_FILTER] [--kernel NAME] [--one-per-source]
+                                       [--sample N --seed S]
                                        [--jobs N] [--json FILE]
 
 `sync` removes each barrier and fence and weakens each acquire and release; every one of these must be
@@ -163,6 +164,11 @@ def main() -> int:
     parser.add_argument(
         "--kernel", default="", help="only kernels whose name this expression finds"
     )
+    parser.add_argument(
+        "--one-per-source",
+        action="store_true",
+        help="of the instances of one comparison in the source (templates, unrolled loops), one at random",
+    )
     parser.add_argument("--sample", type=int, default=0, help="only so many, chosen at random")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -183,6 +189,10 @@ def main() -> int:
             if re.search(options.kernel, m.kernel)
         ]
         total = len(mutants)
+        if options.one_per_source:
+            random.Random(options.seed).shuffle(mutants)
+            places = {(m.source, re.sub(r"%\w+", "%", m.change)): m for m in mutants}
+            mutants = sorted(places.values(), key=lambda m: (m.program, m.line))
         if options.sample:
             mutants = sorted(
                 random.Random(options.seed).sample(mutants, min(options.sample, total)),
