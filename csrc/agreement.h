@@ -16,7 +16,7 @@
 namespace compressed_ddp {
 
 struct AgreementRecord {
-  uint32_t record_version = 2;
+  uint32_t record_version = 3;
   uint32_t wire_version = 0;
   int64_t rank = 0;
   int64_t world_size = 0;
@@ -25,6 +25,7 @@ struct AgreementRecord {
   int64_t density_is_callable = 0;
   int64_t scope = 0; // 0 = tensor, 1 = bucket, 2 = chunk
   int64_t value_format = 0;
+  int64_t exchange = 0; // 0 = allgather, 1 = split, 2 = dense
   int64_t error_feedback = 0;
   int64_t dense_steps = 0;
   int64_t min_compress_numel = 0;
@@ -38,7 +39,7 @@ struct AgreementRecord {
   uint64_t names_hash = 0; // 0 = this rank has no names; compared only where both have
   char bucket[64] = {};    // for the message: the name of the bucket's first parameter, cut off
 };
-static_assert(sizeof(AgreementRecord) == 216 && std::is_trivially_copyable_v<AgreementRecord>);
+static_assert(sizeof(AgreementRecord) == 224 && std::is_trivially_copyable_v<AgreementRecord>);
 
 // Empty when all records agree with each other; otherwise one message, the same on every rank, which lists each differing field
 // with its value on every rank that differs from rank 0, and the remedy. records[r] must be what rank r sent.

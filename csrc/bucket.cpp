@@ -1,21 +1,9 @@
 #include "bucket.h"
 
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
-
-#include "cpu/decode_apply.h"
-#include "cpu/encode.h"
-#include "cpu/restore.h"
-#include "parallel_for.h"
-#include "wire_format.h"
+#include <cmath>
 
 namespace compressed_ddp {
-namespace {
-
-uint8_t unused_of(size_t entry, const std::vector<uint8_t>& unused) { return entry < unused.size() ? unused[entry] : 0; }
-
-} // namespace
 
 Bucket::Bucket(BucketKey key, Scope scope, ValueFormat value_format, int64_t min_compress_numel)
     : key_(std::move(key)), scope_(scope), value_format_(value_format) {
@@ -26,11 +14,15 @@ Bucket::Bucket(BucketKey key, Scope scope, ValueFormat value_format, int64_t min
       const bool dense = entry.exempt || entry.is_vector || numel < min_compress_numel || numel == 0;
       const int64_t part_numel = scope_ == Scope::kChunk && !dense ? kChunkNumel : std::max<int64_t>(numel, 1);
       for (int64_t at = 0; at < numel || at == 0; at += part_numel)
-        parts_.push_back({e, offset + at, std::min(part_numel, numel - at), dense});
+        parts_.push_back({e, offset + at, numel_ + offset + at, std::min(part_numel, numel - at), dense});
       offset += numel;
     }
+    numel_ += offset;
   }
-  if (key_.presence_numel > 0) parts_.push_back({key_.entries.size(), 0, key_.presence_numel, true});
+  if (key_.presence_numel > 0) {
+    parts_.push_back({key_.entries.size(), 0, numel_, key_.presence_numel, true});
+    numel_ += key_.presence_numel;
+  }
 
   structure_hash_ = hash_bytes(&key_.type, sizeof key_.type);
   for (const Part& part : parts_) {
@@ -55,152 +47,145 @@ std::string Bucket::name() const {
   return text + "]";
 }
 
-int64_t Bucket::numel() const {
-  int64_t numel = 0;
-  for (const Part& part : parts_) numel += part.numel;
-  return numel;
-}
+int64_t Bucket::selected_numel(double density) const { return make_range(0, numel_, density).layout.selected_numel; }
 
-Layout Bucket::make_layout(double density) const {
+// ---- ranges
+
+BucketRange Bucket::make_range(int64_t begin, int64_t end, double density) const {
+  BucketRange range{begin, end, {}, {}, {}};
+  const bool is_whole = begin == 0 && end == numel_;
   std::vector<int64_t> numels, groups, group_numels;
   for (const Part& part : parts_) {
-    numels.push_back(part.numel);
+    const int64_t from = std::max(part.begin, begin), to = std::min(part.begin + part.numel, end);
+    if (from >= to && !(is_whole && part.numel == 0)) continue;
+    numels.push_back(std::max<int64_t>(to - from, 0));
+    range.entries.push_back(part.entry);
     if (part.dense) {
       groups.push_back(kDenseGroup);
       continue;
     }
     if (scope_ != Scope::kBucket || group_numels.empty()) group_numels.push_back(0);
-    group_numels.back() += part.numel;
+    group_numels.back() += to - from;
     groups.push_back(static_cast<int64_t>(group_numels.size()) - 1);
   }
   std::vector<int64_t> k;
   for (const int64_t numel : group_numels) k.push_back(selection_k(density, numel));
-  return Layout::make(numels, groups, k, value_format_);
+  range.layout = Layout::make(numels, groups, k, value_format_);
+  return range;
 }
 
-int64_t Bucket::selected_numel(double density) const { return make_layout(density).selected_numel; }
+// Into `count` ranges of about equal payload bytes, as far as there are so many multiples of kRangeNumel; the last ones are empty else. A
+// function of the structure, the density and the value format: the same on every rank.
+std::vector<BucketRange> Bucket::cut(int64_t count, double density) const {
+  constexpr int64_t kRangeNumel = 64; // 16-byte accesses stay aligned, and so do a gradient and its residual with one another
+  const double value_bits = value_format_ == ValueFormat::kFloat32 ? 32 : value_format_ == ValueFormat::kBFloat16 ? 16 : 1;
+  const double compressed_bytes = (density * (value_bits + kLowBits + 1) + 1.0 / (1 << kLowBits)) / 8, dense_bytes = sizeof(float);
+  double bytes = 0;
+  for (const Part& part : parts_) bytes += static_cast<double>(part.numel) * (part.dense ? dense_bytes : compressed_bytes);
 
-void Bucket::point_at_residuals(ResidualStore* residuals, c10::Device device) {
-  residuals_.assign(parts_.size(), nullptr);
-  for (size_t s = 0; s < parts_.size(); ++s) {
-    if (parts_[s].dense || residuals == nullptr) continue;
-    Entry& entry = *key_.entries[parts_[s].entry];
-    residuals->ensure_residual(entry, device);
-    residuals_[s] = entry.residual.data_ptr<float>() + parts_[s].offset;
+  const int64_t units = (numel_ + kRangeNumel - 1) / kRangeNumel, used = std::min(count, units);
+  std::vector<BucketRange> ranges;
+  size_t p = 0;
+  double before = 0; // bytes of the parts before part p
+  int64_t begin = 0;
+  for (int64_t r = 0; r < used; ++r) {
+    const double wanted = bytes * static_cast<double>(r + 1) / static_cast<double>(used);
+    const auto bytes_of = [&](const Part& part) { return static_cast<double>(part.numel) * (part.dense ? dense_bytes : compressed_bytes); };
+    while (p + 1 < parts_.size() && before + bytes_of(parts_[p]) < wanted) before += bytes_of(parts_[p++]);
+    const double inside = (wanted - before) / (parts_[p].dense ? dense_bytes : compressed_bytes);
+    const int64_t unit = (parts_[p].begin + static_cast<int64_t>(std::llround(inside))) / kRangeNumel;
+    const int64_t end = r + 1 == used ? numel_ : std::clamp(unit, begin / kRangeNumel + 1, units - (used - r - 1)) * kRangeNumel;
+    ranges.push_back(make_range(begin, end, density));
+    begin = end;
+  }
+  while (static_cast<int64_t>(ranges.size()) < count) ranges.push_back(make_range(numel_, numel_, density));
+  return ranges;
+}
+
+void Bucket::point_at_residuals(BucketRange& range, ResidualStore& residuals, c10::Device device) const {
+  size_t p = 0;
+  for (size_t s = 0; s < range.entries.size(); ++s) {
+    const Segment& segment = range.layout.segments[s];
+    if (segment.group == kDenseGroup) {
+      range.residuals.push_back(nullptr);
+      continue;
+    }
+    const int64_t begin = range.begin + segment.offset;
+    while (parts_[p].begin + parts_[p].numel <= begin) ++p;
+    Entry& entry = *key_.entries[range.entries[s]];
+    residuals.ensure_residual(entry, device);
+    range.residuals.push_back(entry.residual.data_ptr<float>() + parts_[p].entry_offset + (begin - parts_[p].begin));
   }
 }
 
-void Bucket::note_sent(const std::vector<uint8_t>& unused) {
-  for (size_t s = 0; s < parts_.size(); ++s) unused_[s] = unused_of(parts_[s].entry, unused);
+// ---- steps
+
+void Bucket::prepare(const Plan& plan, ResidualStore& residuals, const StageMaker& maker) {
+  if (is_prepared(plan)) return;
+  exchange_.reset();
+  const auto with_residuals = [&](BucketRange range) {
+    if (plan.error_feedback) point_at_residuals(range, residuals, maker.device);
+    return range;
+  };
+  if (plan.kind == ExchangeKind::kSplit) {
+    std::vector<BucketRange> ranges = cut(plan.ranks.world_size, plan.density);
+    for (BucketRange& range : ranges) range = with_residuals(std::move(range));
+    exchange_ = make_split_exchange(std::move(ranges), plan.ranks, key_.type, maker);
+  } else {
+    exchange_ = make_all_gather_exchange(with_residuals(make_range(0, numel_, plan.density)), plan.ranks, key_.type, maker);
+  }
+  plan_ = plan;
+}
+
+void Bucket::begin(const at::Tensor& gradient, const std::vector<uint8_t>& unused, int64_t step) {
   for (const Part& part : parts_)
     if (!part.dense) key_.entries[part.entry]->was_compressed = true;
+  const StageSums sums = exchange_->begin(gradient, unused, step);
+  last.gradient_sq = sums.gradient_sq;
+  last.residual_sq = sums.residual_sq;
+  last.sent_sq = sums.sent_sq;
 }
 
-void Bucket::prepare(double density, int64_t world_size, ResidualStore* residuals, BucketScratch& scratch) {
-  const bool error_feedback = residuals != nullptr;
-  if (density == density_ && world_size == world_size_ && error_feedback == error_feedback_) return;
-  if (density != density_) {
-    density_ = 0; // half-built until the end, should an allocation fail
-    layout_ = make_layout(density);
-    compensate_select_ = std::make_unique<CompensateSelect>(layout_);
-    compensate_select_->use_scratch(scratch.candidates);
-  }
-  point_at_residuals(residuals, at::kCPU);
-  unused_.assign(parts_.size(), 0);
-  payload_ = at::empty({payload_bytes(layout_)}, at::dtype(at::kByte));
-  gathered_ = at::empty({world_size * payload_bytes(layout_)}, at::dtype(at::kByte));
-  scratch_ = &scratch;
-  density_ = density;
-  world_size_ = world_size;
-  error_feedback_ = error_feedback;
+void Bucket::note_returned() {
+  last.residual_sq += exchange_->returned_sq();
+  last.sent_sq -= exchange_->returned_sq();
 }
 
-void Bucket::compensate_select_and_encode(const at::Tensor& gradient, const std::vector<uint8_t>& unused, uint32_t rank, int64_t step) {
-  note_sent(unused);
-  auto* payload = payload_.data_ptr<uint8_t>();
-  Entries& entries = scratch_->selected;
-  const auto selected_numel = static_cast<size_t>(layout_.selected_numel);
-  if (entries.indices.size() < selected_numel) {
-    entries.indices.resize(selected_numel);
-    entries.values.resize(selected_numel);
-  }
-  float* const* residuals = error_feedback_ ? residuals_.data() : nullptr;
-  const CompensateSelectStatistics selected = compensate_select(
-      *compensate_select_, {gradient.const_data_ptr(), key_.type, residuals, unused_.data(), entries.indices.data(), entries.values.data()},
-      torch_parallel_for);
-  const EncodeStatistics dense = encode_dense(layout_, gradient.const_data_ptr(), key_.type, unused_.data(), payload);
-  const bool non_finite = selected.non_finite + dense.non_finite > 0;
-  float* const* not_yet_kept = value_format_ == ValueFormat::kBFloat16 ? nullptr : residuals;
-  const double lost_sq =
-      encode_selected(layout_, {entries.values.data(), entries.indices.data(), not_yet_kept, non_finite, payload}, torch_parallel_for);
-  sent_ = error_feedback_;
-  encode_header(layout_, rank, static_cast<uint32_t>(world_size_), step, non_finite, payload);
-  last.gradient_sq = selected.gradient_sq + dense.gradient_sq;
-  last.residual_sq = selected.residual_sq + lost_sq;
-  last.sent_sq = selected.sent_sq - lost_sq;
+void Bucket::restore(const uint32_t* condition) {
+  if (exchange_ != nullptr && plan_.error_feedback) exchange_->restore(condition);
 }
 
-bool Bucket::decode_apply(at::Tensor& gradient, int64_t step) {
-  const auto* gathered = gathered_.const_data_ptr<uint8_t>();
-  const std::string problem = decode(layout_, gathered, world_size_, step, decoded_, torch_parallel_for);
-  if (!problem.empty()) throw std::runtime_error(problem);
-  const DecodeApplyArguments arguments{gathered, decoded_, world_size_, gradient.mutable_data_ptr(), key_.type};
-  return compressed_ddp::decode_apply(layout_, arguments, torch_parallel_for);
-}
-
-void Bucket::restore() {
-#if COMPRESSED_DDP_CUDA
-  if (device_ != nullptr) return; // restore_on_device
-#endif
-  if (!sent_) return;
-  const auto* payload = payload_.const_data_ptr<uint8_t>();
-  Entries own;
-  const std::string problem = decode_own(layout_, payload, own, torch_parallel_for);
-  TORCH_INTERNAL_ASSERT(problem.empty(), problem);
-  compressed_ddp::restore(layout_, own, residuals_.data());
-  sent_ = false;
+void Bucket::forget_sent() {
+  if (exchange_ != nullptr && plan_.error_feedback) exchange_->forget_sent();
 }
 
 #if COMPRESSED_DDP_CUDA
 bool Bucket::knows_unused(const std::vector<uint8_t>& unused) const {
-  std::vector<uint8_t> of_segments;
-  for (const Part& part : parts_) of_segments.push_back(unused_of(part.entry, unused));
-  return device_->knows_unused(of_segments);
+  const auto& all = exchange_->stages();
+  return std::all_of(all.begin(), all.end(), [&](const auto& stages) {
+    return stages == nullptr || static_cast<StagesDevice&>(*stages).knows_unused(stages->range().unused_segments(unused));
+  });
 }
 
-bool Bucket::is_prepared_on_device(double density, int64_t world_size, const ResidualStore* residuals) const {
-  return device_ != nullptr && density == density_ && world_size == world_size_ && (residuals != nullptr) == error_feedback_;
+int64_t Bucket::num_statistics() const { return exchange_ == nullptr ? 0 : static_cast<int64_t>(exchange_->stages().size()); }
+
+void Bucket::copy_statistics(cuda::SelectStatistics* to) const {
+  for (const auto& stages : exchange_->stages()) {
+    if (stages != nullptr) static_cast<StagesDevice&>(*stages).copy_statistics(to);
+    ++to;
+  }
 }
 
-void Bucket::prepare_on_device(double density, int64_t world_size, ResidualStore* residuals, c10::Device device, cudaStream_t stream) {
-  if (is_prepared_on_device(density, world_size, residuals)) return;
-  device_.reset();
-  layout_ = make_layout(density);
-  point_at_residuals(residuals, device);
-  unused_.assign(parts_.size(), 0);
-  device_ = std::make_unique<DeviceBucket>(layout_, key_.type, device, world_size,
-                                           residuals == nullptr ? std::vector<float*>{} : residuals_, stream);
-  density_ = density;
-  world_size_ = world_size;
-  error_feedback_ = residuals != nullptr;
-}
-
-void Bucket::compensate_select_and_encode_on_device(const at::Tensor& gradient, const std::vector<uint8_t>& unused, uint32_t rank,
-                                                    int64_t step, cudaStream_t stream) {
-  note_sent(unused);
-  device_->compensate_select_and_encode(gradient, unused_, rank, step, stream);
-}
-
-void Bucket::restore_on_device(const uint32_t* condition, cudaStream_t stream) {
-  if (!error_feedback_) return;
-  device_->restore(condition, stream);
-  device_->forget_sent(stream);
-}
-
-void Bucket::take_statistics(const cuda::SelectStatistics& sums) {
-  last.gradient_sq = sums.gradient_sq;
-  last.sent_sq = sums.sent_sq;
-  last.residual_sq = std::max(0.0, sums.acc_sq - sums.sent_sq);
+void Bucket::take_statistics(const cuda::SelectStatistics* statistics) {
+  last.gradient_sq = last.sent_sq = last.residual_sq = 0;
+  for (const auto& stages : exchange_->stages()) {
+    if (stages != nullptr) {
+      last.gradient_sq += statistics->gradient_sq;
+      last.sent_sq += statistics->sent_sq;
+      last.residual_sq += std::max(0.0, statistics->acc_sq - statistics->sent_sq);
+    }
+    ++statistics;
+  }
 }
 #endif
 

@@ -1,21 +1,17 @@
-// One bucket on its way: compensate_select_ -> encode -> exchange -> decode_apply_, with the buffers that it needs each step.
-// The engine decides what runs; here is how.
+// One bucket: which parameters lie in it, how it is cut into ranges, and the exchange that it travels by (exchange.h).
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "cpu/compensate_select.h"
-#include "cpu/decode.h"
-#if COMPRESSED_DDP_CUDA
-#include "device_bucket.h"
-#endif
-#include "layout.h"
+#include "exchange.h"
 #include "residuals.h"
+#if COMPRESSED_DDP_CUDA
+#include "stages_device.h"
+#endif
 
 namespace compressed_ddp {
 
@@ -38,19 +34,13 @@ struct BucketKey {
 struct BucketStep {
   int64_t step = -1;
   bool dense = false;
-  double bytes_sent = 0;
+  SentBytes bytes_sent;
   double dense_bytes = 0;
   double gradient_bytes = 0;
   double payload_bytes = 0;
   double gradient_sq = 0;
   double residual_sq = 0;
   double sent_sq = 0;
-};
-
-// Of the stages on the CPU; shared by all buckets of an engine, whose selections never overlap in time.
-struct BucketScratch {
-  CompensateSelect::Scratch candidates;
-  Entries selected;
 };
 
 class Bucket {
@@ -63,61 +53,58 @@ class Bucket {
   bool is_independent() const { return !key_.entries.empty() && !key_.entries.front()->parameter.has_value(); }
   std::string name() const; // for messages: the first parameter's name or shape
 
-  // Layout for this density and buffers for this world size; allocates only when one of them changed.
-  void prepare(double density, int64_t world_size, ResidualStore* residuals, BucketScratch& scratch);
+  // How it travels. Layouts and buffers are made anew only when one of these changes.
+  struct Plan {
+    ExchangeKind kind;
+    RankOf ranks;
+    double density;
+    bool error_feedback;
+    bool operator==(const Plan&) const = default;
+  };
+  bool is_prepared(const Plan& plan) const { return exchange_ != nullptr && plan == plan_; }
+  void prepare(const Plan& plan, ResidualStore& residuals, const StageMaker& maker);
+  Exchange& exchange() { return *exchange_; }
+
+  // exchange().begin, and what it says of this step. unused: per entry.
+  void begin(const at::Tensor& gradient, const std::vector<uint8_t>& unused, int64_t step);
+  void note_returned(); // of what the exchange has given back: it is no longer sent
+  // What was sent last comes back, once; or is spent: it reached every rank and the step counts. condition: as in Stages::restore.
+  void restore(const uint32_t* condition = nullptr);
+  void forget_sent();
 
 #if COMPRESSED_DDP_CUDA
-  // The same stages on a device (device_bucket.h), enqueued on `stream`. restore_on_device: only if `condition` says so, nullptr = always.
-  // What was sent is out no longer after it. Whether it was until then, the device knows, not `sent_`.
   bool knows_unused(const std::vector<uint8_t>& unused) const; // it is that of the last step
-  bool is_prepared_on_device(double density, int64_t world_size, const ResidualStore* residuals) const;
-  void prepare_on_device(double density, int64_t world_size, ResidualStore* residuals, c10::Device device, cudaStream_t stream);
-  void compensate_select_and_encode_on_device(const at::Tensor& gradient, const std::vector<uint8_t>& unused, uint32_t rank, int64_t step,
-                                              cudaStream_t stream);
-  void restore_on_device(const uint32_t* condition, cudaStream_t stream);
-  void take_statistics(const cuda::SelectStatistics& sums); // into `last`
-  DeviceBucket* on_device() const { return device_.get(); }
+  int64_t num_statistics() const;
+  void copy_statistics(cuda::SelectStatistics* to) const;         // [num_statistics], enqueued
+  void take_statistics(const cuda::SelectStatistics* statistics); // into `last`
   std::shared_ptr<DeviceReport> report;
   at::Tensor dense_norm; // of the gradient in a dense step; on the device
   bool captured = false; // a CUDA graph holds pointers into its buffers
 #endif
 
-  // Stages 1 and 2. gradient: flat CPU tensor [layout numel]. unused: per entry. Afterwards payload() is complete.
-  void compensate_select_and_encode(const at::Tensor& gradient, const std::vector<uint8_t>& unused, uint32_t rank, int64_t step);
-  const at::Tensor& payload() const { return payload_; }
-  at::Tensor& gathered() { return gathered_; } // flat: [world_size * payload_bytes]
-
-  // Stage 4. Throws (the bucket untouched) when a payload is not what it should be. Returns whether the result, the same on every rank, is
-  // non-finite somewhere.
-  bool decode_apply(at::Tensor& gradient, int64_t step);
-
-  // Puts what was sent last back into the residual, once.
-  void restore();
-  // What was sent last is spent: it reached every rank and the step counts.
-  void forget_sent() { sent_ = false; }
-
   // Numbers and exemptions of the parts, without k: what has to be the same on every rank at every density.
   uint64_t structure_hash() const { return structure_hash_; }
   // The structure, and which parameters these are: two buckets of one structure are compared separately.
   uint64_t identity_hash() const { return identity_hash_; }
-  int64_t numel() const;
-  int64_t selected_numel(double density) const; // sum of k
+  int64_t numel() const { return numel_; }
+  int64_t selected_numel(double density) const; // sum of k when it travels as one range
 
   bool failed = false; // its exchange failed or the result was non-finite; guarded by the engine's progress mutex
   BucketStep last;
   // Kept until they are dropped at a defined place, so that neither is destroyed on a worker thread of the process group. `result`
   // only when it is a Python object.
-  c10::intrusive_ptr<c10d::Work> work;
+  std::vector<WorkPtr> works;
   c10::IValue result;
 
  private:
-  Layout make_layout(double density) const;
-  void point_at_residuals(ResidualStore* residuals, c10::Device device);
-  void note_sent(const std::vector<uint8_t>& unused);
+  BucketRange make_range(int64_t begin, int64_t end, double density) const;
+  std::vector<BucketRange> cut(int64_t count, double density) const;
+  void point_at_residuals(BucketRange& range, ResidualStore& residuals, c10::Device device) const;
 
-  struct Part { // one segment of the layout
+  struct Part { // one segment of the layout of the whole bucket
     size_t entry;
-    int64_t offset; // in the entry
+    int64_t entry_offset;
+    int64_t begin; // in the bucket
     int64_t numel;
     bool dense;
   };
@@ -126,23 +113,11 @@ class Bucket {
   Scope scope_;
   ValueFormat value_format_;
   std::vector<Part> parts_;
+  int64_t numel_ = 0;
   uint64_t structure_hash_ = 0;
   uint64_t identity_hash_ = 0;
-  double density_ = 0;
-  int64_t world_size_ = 0;
-  bool error_feedback_ = false;
-  Layout layout_;
-  std::unique_ptr<CompensateSelect> compensate_select_;
-  std::vector<float*> residuals_; // per segment
-  std::vector<uint8_t> unused_;   // per segment, of the last step
-  at::Tensor payload_;
-  at::Tensor gathered_;
-  Entries decoded_;
-  BucketScratch* scratch_ = nullptr;
-#if COMPRESSED_DDP_CUDA
-  std::unique_ptr<DeviceBucket> device_;
-#endif
-  bool sent_ = false; // payload_ holds entries that are missing from the residual
+  Plan plan_{};
+  std::unique_ptr<Exchange> exchange_;
 };
 
 } // namespace compressed_ddp

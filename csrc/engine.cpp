@@ -1,13 +1,12 @@
 #include "engine.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
 
-#include "exchange.h"
+#include "collectives.h"
 #include "gradient_type.h"
 #include "wire_format.h"
 
@@ -63,11 +62,18 @@ std::exception_ptr failed_exchange(const Engine::Place& place, const std::except
       "can still be saved; then restart from the last checkpoint."));
 }
 
-Engine::Engine(EngineOptions options) : options_(std::move(options)), process_group_(c10::intrusive_ptr<c10d::ProcessGroup>()) {}
+Engine::Engine(EngineOptions options)
+    : options_(std::move(options)),
+      process_group_(c10::intrusive_ptr<c10d::ProcessGroup>()),
+      second_group_(c10::intrusive_ptr<c10d::ProcessGroup>()) {}
+
+ExchangeKind Engine::exchange_kind(int64_t world_size) const { return options_.exchange.value_or(default_exchange(world_size)); }
 
 void Engine::set_process_group(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const std::lock_guard lock(mutex_);
   process_group_ = c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group);
+  second_group_ = c10::weak_intrusive_ptr<c10d::ProcessGroup>(c10::intrusive_ptr<c10d::ProcessGroup>());
+  launch_order_ = std::make_shared<LaunchOrder>();
   agreed_.clear();
 }
 
@@ -210,12 +216,14 @@ void Engine::settle() {
   settle_device(false);
 #endif
   for (const auto& bucket : step_buckets_) {
-    if (gives_back(*bucket))
+    if (bucket->key().on_device)
+      ; // settle_device
+    else if (gives_back(*bucket))
       bucket->restore();
     else
       bucket->forget_sent();
     bucket->failed = false;
-    bucket->work.reset(); // a dense step's work holds DDP's bucket
+    bucket->works.clear(); // a dense step's work holds DDP's bucket
   }
   progress_->step_is_bad = false;
 }
@@ -285,125 +293,6 @@ std::shared_ptr<Bucket> Engine::bucket_of(const Request& request) {
       ->second;
 }
 
-// Starts the collective; when it is done, runs `apply` (returns whether the step is bad) and completes the future. `apply` runs on a
-// thread of the process group, or right here when the collective is already done: no GIL, no other collective, no engine.
-template <typename Collective, typename Apply>
-void Engine::start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place, Collective&& collective,
-                   Apply apply) {
-  bucket->result = request.result.isPyObject() ? request.result : c10::IValue();
-  {
-    const std::lock_guard lock(progress_->mutex);
-    ++progress_->in_flight;
-  }
-  const auto finish = [progress = progress_, bucket](bool bad) {
-    const std::lock_guard lock(progress->mutex);
-    bucket->failed = bucket->failed || bad;
-    progress->step_is_bad = progress->step_is_bad || (bad && !bucket->is_independent());
-    --progress->in_flight;
-    progress->idle.notify_all();
-  };
-  c10::intrusive_ptr<Future> done;
-  try {
-    bucket->work = collective();
-    done = bucket->work->getFuture();
-    TORCH_CHECK(done, "the process group's backend gives no future for its work");
-  } catch (const std::exception& error) {
-    finish(true);
-    std::rethrow_exception(failed_exchange(place, error));
-  }
-  done->addCallback([finish, place, apply = std::move(apply), result = request.result, future = request.future](Future& gathered) mutable {
-    std::exception_ptr failure;
-    bool bad = false, arrived = false;
-    try {
-      if (gathered.hasError()) std::rethrow_exception(gathered.exception_ptr());
-      arrived = true;
-      bad = apply();
-    } catch (const std::exception& error) {
-      failure = failed_exchange(place, error, arrived);
-    } catch (...) {
-      failure = std::current_exception();
-    }
-    finish(bad || failure != nullptr);
-    if (failure != nullptr)
-      future->setError(failure);
-    else
-      future->markCompleted(std::move(result));
-  });
-}
-
-// What the metrics say of a bucket, as far as the host knows it without looking at entries.
-void Engine::note_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size, int64_t payload_bytes) {
-  has_compressed_ = true;
-  const auto gradient_bytes = static_cast<int64_t>(request.buffer.nbytes());
-  bucket->last.step = step_;
-  bucket->last.dense = false;
-  bucket->last.gradient_bytes = static_cast<double>(gradient_bytes);
-  bucket->last.payload_bytes = static_cast<double>(payload_bytes);
-  bucket->last.dense_bytes = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
-  bucket->last.bytes_sent = all_gather_sent_bytes(world_size, payload_bytes);
-  step_buckets_.push_back(bucket);
-}
-
-void Engine::note_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size) {
-  const auto gradient_bytes = static_cast<int64_t>(request.buffer.nbytes());
-  bucket->last = {};
-  bucket->last.step = step_;
-  bucket->last.dense = true;
-  bucket->last.gradient_bytes = bucket->last.payload_bytes = static_cast<double>(gradient_bytes);
-  bucket->last.dense_bytes = bucket->last.bytes_sent = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
-  const at::Tensor norm = at::linalg_vector_norm(request.buffer, 2, std::nullopt, false, at::kFloat);
-#if COMPRESSED_DDP_CUDA
-  if (bucket->key().on_device) bucket->dense_norm = norm; // metrics() reads it, and only then waits
-#endif
-  const double on_host = bucket->key().on_device ? 0 : norm.item<double>();
-  bucket->last.gradient_sq = bucket->last.sent_sq = on_host * on_host;
-  step_buckets_.push_back(bucket);
-}
-
-void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request,
-                           const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
-  const int64_t world_size = process_group->getSize();
-  const auto rank = static_cast<uint32_t>(process_group->getRank());
-  agree(bucket, *process_group, at::kCPU);
-  bucket->prepare(density_of_current_step(), world_size, options_.error_feedback ? &residuals_ : nullptr, scratch_);
-
-  bucket->compensate_select_and_encode(request.buffer, request.unused, rank, step_);
-  note_sparse(bucket, request, world_size, bucket->payload().numel());
-
-  const Place place{bucket, step_, static_cast<int>(rank), static_cast<int>(world_size)};
-  start(
-      bucket, request, place, [&] { return start_all_gather(*process_group, bucket->payload(), bucket->gathered()); },
-      [bucket, buffer = request.buffer, step = step_]() mutable { return bucket->decode_apply(buffer, step); });
-}
-
-void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& request,
-                          const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
-  const int64_t world_size = process_group->getSize();
-  agree(bucket, *process_group, at::kCPU);
-  note_dense(bucket, request, world_size);
-  at::Tensor buffer = request.buffer;
-  buffer.div_(world_size); // before the sum, so that fp16 does not overflow
-  const Place place{bucket, step_, process_group->getRank(), static_cast<int>(world_size)};
-  start(bucket, request, place, [&] { return start_all_reduce(*process_group, buffer); }, [] { return false; });
-}
-
-// Devices without an engine of their own: through host memory, and done when the hook returns.
-void Engine::reduce_through_host(const Request& request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
-  Request host = request;
-  host.buffer = request.buffer.to(at::kCPU);
-  host.result = c10::IValue(host.buffer);
-  host.future = c10::make_intrusive<Future>(c10::TensorType::get());
-  const std::shared_ptr<Bucket> bucket = bucket_of(host);
-  if (is_dense_step())
-    reduce_dense(bucket, host, process_group);
-  else
-    reduce_sparse(bucket, host, process_group);
-  host.future->waitAndThrow();
-  at::Tensor buffer = request.buffer;
-  buffer.copy_(host.buffer);
-  request.future->markCompleted(request.result, std::vector{buffer.storage().getWeakStorageImpl()});
-}
-
 // ---- agreement
 
 void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& process_group, c10::Device device) {
@@ -412,7 +301,8 @@ void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& pr
   const bool callable = static_cast<bool>(options_.density_of_step);
   // With a callable density any step may change k, on one rank alone if the callable is wrong; and a dense all-reduce carries no
   // header that could show another step. Then the ranks compare once in every step.
-  const bool compare_step = (callable || dense) && agreed_step_ != step_;
+  const bool ever_dense = options_.exchange == ExchangeKind::kDense; // and then it is of no importance which step it is
+  const bool compare_step = (callable || (dense && !ever_dense)) && agreed_step_ != step_;
   if (agreed_.contains(bucket->identity_hash()) && !compare_step) return;
   const c10::Device where = record_device(process_group, device);
 
@@ -425,6 +315,7 @@ void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& pr
   record.density_is_callable = callable;
   record.scope = static_cast<int64_t>(options_.scope);
   record.value_format = static_cast<int64_t>(options_.value_format);
+  record.exchange = static_cast<int64_t>(exchange_kind(record.world_size));
   record.error_feedback = options_.error_feedback;
   record.dense_steps = options_.dense_steps;
   record.min_compress_numel = options_.min_compress_numel;

@@ -11,13 +11,19 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "agreement.h"
 #include "bucket.h"
+#include "launch_order.h"
 #include "residuals.h"
+#include "stages_cpu.h"
+#if COMPRESSED_DDP_CUDA
+#include "device_stream.h"
+#endif
 
 namespace compressed_ddp {
 
@@ -26,14 +32,18 @@ struct EngineOptions {
   std::function<double(int64_t)> density_of_step; // a callable density; may take the GIL
   Scope scope = Scope::kTensor;
   ValueFormat value_format = ValueFormat::kBFloat16;
+  std::optional<ExchangeKind> exchange; // none: default_exchange
+  // A new group of the same ranks, made by all of them in the same order; may take the GIL.
+  std::function<c10::intrusive_ptr<c10d::ProcessGroup>(c10::intrusive_ptr<c10d::ProcessGroup>)> make_second_group;
   bool error_feedback = true;
   int64_t dense_steps = 2;
   int64_t min_compress_numel = 1024;
   bool exempt_needs_names = false; // the user gave exempt rules: they mean nothing before names are known
 };
 
-struct Metrics { // of the last completed step; the keys of TopKEFState.metrics()
-  double bytes_sent = 0;
+struct Metrics {              // of the last completed step; the keys of TopKEFState.metrics()
+  SentBytes bytes_sent;       // in collectives of gradients
+  double agreement_bytes = 0; // sent by comparisons of the ranks
   double dense_bytes = 0;
   double gradient_bytes = 0;
   double payload_bytes = 0;
@@ -79,7 +89,7 @@ class Engine {
 
   // Why a failed future failed, in words: used by callbacks, so it may not touch the engine.
   struct Place {
-    std::shared_ptr<const Bucket> bucket;
+    std::shared_ptr<Bucket> bucket;
     int64_t step;
     int rank;
     int world_size;
@@ -122,6 +132,8 @@ class Engine {
   void dense_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group);
   void check_capture(Request& request, c10d::ProcessGroup& process_group);
   void check_not_captured(const char* what) const;
+  Bucket::Plan plan_of(c10d::ProcessGroup& process_group, double density) const;
+  StageMaker stages_on_device(c10::Device device, GradientType type, const std::shared_ptr<DeviceReport>& report);
   std::shared_ptr<DeviceReport> new_report(c10::Device device);
   std::string take_reports();
   void clear_reports();
@@ -129,10 +141,12 @@ class Engine {
   void settle_device_now();
   void read_device_statistics();
 #endif
-  void note_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size, int64_t payload_bytes);
+  void note_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);
   void note_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);
-  template <typename Collective, typename Apply>
-  void start(const std::shared_ptr<Bucket>& bucket, const Request& request, const Place& place, Collective&& collective, Apply apply);
+  struct Run; // engine_exchange.cpp
+  void start(std::shared_ptr<Run> run, const Request& request);
+  c10::intrusive_ptr<c10d::ProcessGroup> second_group(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
+  ExchangeKind exchange_kind(int64_t world_size) const;
   void begin_step_if_repeated(Request& request);
   void check_entries(const Request& request) const;
   void check_one_model(const c10d::GradBucket& bucket, const std::vector<at::Tensor>& parameters);
@@ -145,14 +159,16 @@ class Engine {
   bool gives_back(const Bucket& bucket) const; // with the progress mutex held
   void settle();
   Metrics current_metrics() const;
-  bool is_dense_step() const { return step_ < options_.dense_steps; }
+  bool is_dense_step() const { return step_ < options_.dense_steps || options_.exchange == ExchangeKind::kDense; }
 
   // One public call at a time; callbacks never take it. Recursive, because a callable density may ask the state for its step or metrics.
   mutable std::recursive_mutex mutex_;
   EngineOptions options_;
   ResidualStore residuals_;
   c10::weak_intrusive_ptr<c10d::ProcessGroup> process_group_;
-  BucketScratch scratch_;
+  c10::weak_intrusive_ptr<c10d::ProcessGroup> second_group_; // of collectives that threads of the process group begin
+  std::shared_ptr<LaunchOrder> launch_order_ = std::make_shared<LaunchOrder>();
+  SelectScratch scratch_;
   std::multimap<const Entry*, std::shared_ptr<Bucket>> buckets_; // by first entry
   std::shared_ptr<Progress> progress_ = std::make_shared<Progress>();
 

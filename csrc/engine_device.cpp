@@ -11,9 +11,9 @@
 #include <cstring>
 #include <optional>
 
+#include "collectives.h"
 #include "cuda/launch.h"
 #include "engine.h"
-#include "exchange.h"
 
 namespace compressed_ddp {
 
@@ -38,10 +38,10 @@ void Engine::check_capture(Request& request, c10d::ProcessGroup& process_group) 
   TORCH_CHECK(!options_.density_of_step,
               "compressed_ddp: a CUDA graph cannot follow a callable density, because a replay repeats the captured k; use a number");
   const std::shared_ptr<Bucket> bucket = find_bucket(request);
-  TORCH_CHECK(bucket != nullptr && agreed_.contains(bucket->identity_hash()) &&
-                  bucket->is_prepared_on_device(options_.density, process_group.getSize(), options_.error_feedback ? &residuals_ : nullptr),
-              "compressed_ddp: a CUDA graph cannot hold a bucket's first compressed step, which allocates and compares the ranks' "
-              "layouts; run one compressed step before the capture");
+  TORCH_CHECK(
+      bucket != nullptr && agreed_.contains(bucket->identity_hash()) && bucket->is_prepared(plan_of(process_group, options_.density)),
+      "compressed_ddp: a CUDA graph cannot hold a bucket's first compressed step, which allocates and compares the ranks' "
+      "layouts; run one compressed step before the capture");
   TORCH_CHECK(bucket->knows_unused(request.unused),
               "compressed_ddp: a CUDA graph cannot hold a step with other unused parameters than the step before it, because they are "
               "copied to the device then; run one step that uses the same parameters before the capture");
@@ -78,39 +78,58 @@ void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
   const int64_t world_size = process_group.getSize();
   const int rank = process_group.getRank();
   agree(bucket, process_group, request.buffer.device());
-  TORCH_CHECK(
-      !bucket->captured || bucket->is_prepared_on_device(options_.density, world_size, options_.error_feedback ? &residuals_ : nullptr),
-      "compressed_ddp: a CUDA graph holds the buffers of the bucket that begins with '", bucket->name(),
-      "', but they would have to change for another world size; use a new TopKEFState, and capture again");
-  bucket->prepare_on_device(density_of_current_step(), world_size, options_.error_feedback ? &residuals_ : nullptr, request.buffer.device(),
-                            stream.handle());
+  const Bucket::Plan plan = plan_of(process_group, density_of_current_step());
+  TORCH_CHECK(!bucket->captured || bucket->is_prepared(plan),
+              "compressed_ddp: a CUDA graph holds the buffers of the bucket that begins with '", bucket->name(),
+              "', but they would have to change for another world size; use a new TopKEFState, and capture again");
   if (bucket->report == nullptr) {
     if (!bucket->is_independent() && device_report_ == nullptr) device_report_ = new_report(request.buffer.device());
     bucket->report = bucket->is_independent() ? new_report(request.buffer.device()) : device_report_;
   }
-  bucket->compensate_select_and_encode_on_device(request.buffer, request.unused, static_cast<uint32_t>(rank), step_, stream.handle());
-  DeviceBucket& device = *bucket->on_device();
-  note_sparse(bucket, request, world_size, device.payload().numel());
+  bucket->prepare(plan, residuals_, stages_on_device(request.buffer.device(), bucket->key().type, bucket->report));
+  bucket->begin(request.buffer, request.unused, step_);
+  note_sparse(bucket, request, world_size);
   const auto mark = [&] {
     const std::lock_guard lock(progress_->mutex);
     bucket->failed = true;
     progress_->step_is_bad = progress_->step_is_bad || !bucket->is_independent();
   };
-  try {
-    // NCCL: only the stream waits.
-    stream.run([&process_group, payload = device.payload(), gathered = device.gathered()]() mutable {
-      start_all_gather(process_group, payload, gathered)->wait();
-    });
-  } catch (const std::exception& error) {
-    mark();
-    std::rethrow_exception(failed_exchange({bucket, step_, rank, static_cast<int>(world_size)}, error));
+  at::Tensor buffer = request.buffer;
+  Exchange& exchange = bucket->exchange();
+  for (int collective = 0; collective < exchange.num_collectives(); ++collective) {
+    try {
+      // NCCL: only the stream waits.
+      stream.run([&] { exchange.start(collective, process_group)->wait(); });
+    } catch (const std::exception& error) {
+      mark();
+      std::rethrow_exception(failed_exchange({bucket, step_, rank, static_cast<int>(world_size)}, error));
+    }
+    try {
+      exchange.finish(collective, buffer);
+    } catch (...) {
+      mark();
+      throw;
+    }
   }
-  try {
-    device.decode_apply(request.buffer, step_, *bucket->report, stream.handle());
-  } catch (...) {
-    mark();
-    throw;
-  }
+}
+
+Bucket::Plan Engine::plan_of(c10d::ProcessGroup& process_group, double density) const {
+  const int64_t world_size = process_group.getSize();
+  return {exchange_kind(world_size), {process_group.getRank(), world_size}, density, options_.error_feedback};
+}
+
+StageMaker Engine::stages_on_device(c10::Device device, GradientType type, const std::shared_ptr<DeviceReport>& report) {
+  const cudaStream_t stream = device_stream_->handle();
+  const auto make = [=](std::vector<GradientType> types) {
+    return [=](BucketRange range, bool may_drop) {
+      return std::make_unique<StagesDevice>(std::move(range), may_drop, types, device, stream, report);
+    };
+  };
+  const auto nan_if_flagged = [=](const uint8_t* payloads, int64_t stride, int64_t count, void* bucket, int64_t numel, GradientType of) {
+    nan_if_flagged_on_device(payloads, stride, count, bucket, numel, of, *report, stream);
+    return false;
+  };
+  return {device, true, make({type, GradientType::kFloat32}), make({GradientType::kFloat32}), nan_if_flagged};
 }
 
 void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group) {
@@ -170,8 +189,9 @@ void Engine::settle_device(bool all) {
   DeviceStream::Scope scope(*device_stream_);
   std::set<std::shared_ptr<DeviceReport>> reports;
   for (const auto& bucket : step_buckets_) {
-    if (bucket->on_device() == nullptr || bucket->report == nullptr) continue;
-    bucket->restore_on_device(all || gives_back(*bucket) ? nullptr : bucket->report->step_is_bad(), device_stream_->handle());
+    if (!bucket->key().on_device || bucket->report == nullptr) continue;
+    bucket->restore(all || gives_back(*bucket) ? nullptr : bucket->report->step_is_bad());
+    bucket->forget_sent();
     reports.insert(bucket->report);
   }
   if (all) return scope.join(); // a replay that comes next runs on the caller's stream
@@ -188,8 +208,10 @@ void Engine::settle_device_now() {
     if (bucket->report != nullptr && !is_bad.contains(bucket->report))
       is_bad[bucket->report] = bucket->report->read_step_is_bad(device_stream_->handle());
   for (const auto& bucket : step_buckets_)
-    if (bucket->on_device() != nullptr && bucket->report != nullptr && (is_bad[bucket->report] || gives_back(*bucket)))
-      bucket->restore_on_device(nullptr, device_stream_->handle());
+    if (bucket->key().on_device && bucket->report != nullptr && (is_bad[bucket->report] || gives_back(*bucket))) {
+      bucket->restore();
+      bucket->forget_sent();
+    }
   device_stream_->synchronize();
 }
 
@@ -201,16 +223,18 @@ void Engine::read_device_statistics() {
   if (std::any_of(step_buckets_.begin(), step_buckets_.end(), [](const auto& bucket) { return bucket->captured; }))
     behind_replays.emplace(*device_stream_);
   const cudaStream_t stream = device_stream_->handle();
-  const size_t bytes = step_buckets_.size() * sizeof(cuda::SelectStatistics);
+  int64_t count = 0; // at least one place for each bucket
+  for (const auto& bucket : step_buckets_) count += std::max<int64_t>(1, bucket->num_statistics());
+  const size_t bytes = static_cast<size_t>(count) * sizeof(cuda::SelectStatistics);
   if (statistics_ == nullptr || statistics_->size() < bytes) statistics_ = std::make_unique<PinnedBytes>(device_, 2 * bytes);
   auto* to = statistics_->at<cuda::SelectStatistics>();
   for (const auto& bucket : step_buckets_) {
     if (bucket->last.dense && bucket->dense_norm.defined())
       cuda::check(cudaMemcpyAsync(to, bucket->dense_norm.const_data_ptr(), sizeof(float), cudaMemcpyDeviceToHost, stream),
                   "reading a norm");
-    else if (bucket->on_device() != nullptr)
-      bucket->on_device()->copy_statistics(to, stream);
-    ++to;
+    else if (bucket->key().on_device && !bucket->last.dense)
+      bucket->copy_statistics(to);
+    to += std::max<int64_t>(1, bucket->num_statistics());
   }
   device_stream_->synchronize();
   to = statistics_->at<cuda::SelectStatistics>();
@@ -219,10 +243,10 @@ void Engine::read_device_statistics() {
       float norm = 0;
       std::memcpy(&norm, to, sizeof norm);
       bucket->last.gradient_sq = bucket->last.sent_sq = double{norm} * norm;
-    } else if (bucket->on_device() != nullptr) {
-      bucket->take_statistics(*to);
+    } else if (bucket->key().on_device && !bucket->last.dense) {
+      bucket->take_statistics(to);
     }
-    ++to;
+    to += std::max<int64_t>(1, bucket->num_statistics());
   }
 }
 

@@ -23,7 +23,8 @@ void Engine::rollback() {
 #if COMPRESSED_DDP_CUDA
   settle_device(true);
 #endif
-  for (const auto& bucket : step_buckets_) bucket->restore();
+  for (const auto& bucket : step_buckets_)
+    if (!bucket->key().on_device) bucket->restore();
 }
 
 void Engine::reset() {
@@ -56,7 +57,7 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::export_residuals() {
     settle_device_now();
 #endif
     for (const auto& bucket : step_buckets_)
-      if (gives_back(*bucket)) bucket->restore();
+      if (!bucket->key().on_device && gives_back(*bucket)) bucket->restore();
   }
   std::vector<std::pair<std::string, at::Tensor>> residuals = residuals_.export_residuals();
 #if COMPRESSED_DDP_CUDA
@@ -107,7 +108,7 @@ Metrics Engine::current_metrics() const {
     residual_sq += last.residual_sq;
     sent_sq += last.sent_sq;
   }
-  sum.bytes_sent += agreement_bytes_;
+  sum.agreement_bytes = agreement_bytes_;
   sum.gradient_norm = std::sqrt(gradient_sq);
   sum.residual_norm = options_.error_feedback ? std::sqrt(residual_sq) : 0.0;
   sum.captured_energy = sent_sq + residual_sq > 0 ? sent_sq / (sent_sq + residual_sq) : 1.0;

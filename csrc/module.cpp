@@ -53,14 +53,39 @@ std::function<double(int64_t)> density_function(py::object callable) {
   };
 }
 
+// dist.new_group, called from the hook with the GIL.
+std::function<c10::intrusive_ptr<c10d::ProcessGroup>(c10::intrusive_ptr<c10d::ProcessGroup>)> group_function(py::object callable) {
+  const auto holder = std::shared_ptr<py::object>(new py::object(std::move(callable)), [](py::object* object) {
+    const py::gil_scoped_acquire gil;
+    delete object;
+  });
+  return [holder](const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
+    const py::gil_scoped_acquire gil;
+    try {
+      return (*holder)(process_group).cast<c10::intrusive_ptr<c10d::ProcessGroup>>();
+    } catch (const py::error_already_set& error) { // must not travel through threads without the GIL
+      throw std::runtime_error("compressed_ddp: a second process group, which this exchange needs, could not be made: " +
+                               py::str(error.value()).cast<std::string>());
+    }
+  };
+}
+
+// Checked by TopKEFState.
+std::optional<ExchangeKind> exchange_of(const std::string& name) {
+  for (const ExchangeKind kind : kExchangeKinds)
+    if (name == name_of(kind)) return kind;
+  return std::nullopt;
+}
+
 // Checked by TopKEFState.
 ValueFormat value_format_of(const std::string& name) {
   return name == "fp32" ? ValueFormat::kFloat32 : name == "sign" ? ValueFormat::kSign : ValueFormat::kBFloat16;
 }
 
 // A deleter with the GIL: the engine keeps the results of the last step, which are Python objects.
-std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope, const std::string& value_format, bool error_feedback,
-                                    int64_t dense_steps, int64_t min_compress_numel, bool exempt_needs_names) {
+std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope, const std::string& value_format,
+                                    const std::string& exchange, py::object make_second_group, bool error_feedback, int64_t dense_steps,
+                                    int64_t min_compress_numel, bool exempt_needs_names) {
   EngineOptions options;
   if (PyCallable_Check(density.ptr()) != 0)
     options.density_of_step = density_function(std::move(density));
@@ -68,6 +93,8 @@ std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope
     options.density = density.cast<double>();
   options.scope = scope == "bucket" ? Scope::kBucket : scope == "chunk" ? Scope::kChunk : Scope::kTensor;
   options.value_format = value_format_of(value_format);
+  options.exchange = exchange_of(exchange);
+  options.make_second_group = group_function(std::move(make_second_group));
   options.error_feedback = error_feedback;
   options.dense_steps = dense_steps;
   options.min_compress_numel = min_compress_numel;
@@ -81,10 +108,15 @@ std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope
 
 py::dict metrics_dict(const Metrics& m) {
   py::dict d;
-  d["compressed_ddp/bytes_sent"] = m.bytes_sent;
+  const double bytes_sent = m.bytes_sent.sum() + m.agreement_bytes;
+  d["compressed_ddp/bytes_sent"] = bytes_sent;
+  d["compressed_ddp/bytes_sent_all_gather"] = m.bytes_sent.all_gather;
+  d["compressed_ddp/bytes_sent_all_to_all"] = m.bytes_sent.all_to_all;
+  d["compressed_ddp/bytes_sent_all_reduce"] = m.bytes_sent.all_reduce;
+  d["compressed_ddp/bytes_sent_agreement"] = m.agreement_bytes;
   d["compressed_ddp/dense_bytes"] = m.dense_bytes;
   d["compressed_ddp/compression_ratio"] = m.payload_bytes > 0 ? m.gradient_bytes / m.payload_bytes : std::nan("");
-  d["compressed_ddp/wire_ratio"] = m.bytes_sent > 0 ? m.dense_bytes / m.bytes_sent : std::nan("");
+  d["compressed_ddp/wire_ratio"] = bytes_sent > 0 ? m.dense_bytes / bytes_sent : std::nan("");
   d["compressed_ddp/residual_norm"] = m.residual_norm;
   d["compressed_ddp/gradient_norm"] = m.gradient_norm;
   d["compressed_ddp/captured_energy"] = m.captured_energy;
@@ -139,8 +171,9 @@ PYBIND11_MODULE(_C, m) {
       py::arg("segments"), py::arg("groups"), py::arg("k"), py::arg("value_format"));
 
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
-      .def(py::init(&make_engine), py::kw_only(), py::arg("density"), py::arg("scope"), py::arg("value_format"), py::arg("error_feedback"),
-           py::arg("dense_steps"), py::arg("min_compress_numel"), py::arg("exempt_needs_names"))
+      .def(py::init(&make_engine), py::kw_only(), py::arg("density"), py::arg("scope"), py::arg("value_format"), py::arg("exchange"),
+           py::arg("make_second_group"), py::arg("error_feedback"), py::arg("dense_steps"), py::arg("min_compress_numel"),
+           py::arg("exempt_needs_names"))
       .def("set_process_group", &Engine::set_process_group, py::call_guard<release_gil>())
       .def("has_process_group", &Engine::has_process_group, py::call_guard<release_gil>())
       .def("bind",

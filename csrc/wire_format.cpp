@@ -78,6 +78,7 @@ std::string check_header(const Layout& layout, const uint8_t* payload, uint32_t 
   if (got.magic != kPayloadMagic) return differs("magic", kPayloadMagic, got.magic);
   if (got.version != kWireVersion)
     return differs("wire format version", kWireVersion, got.version) + "; install the same compressed_ddp on every rank";
+  if ((got.flags & kFlagRefused) != 0) return "it had received a payload that it could not use: its own error says which";
   if ((got.flags & ~kFlagNonFinite) != 0) return differs("flags beyond the non-finite one", 0, got.flags & ~kFlagNonFinite);
   if (got.value_format != layout.value_format)
     return std::string("value_format: expected ") + name_of(layout.value_format) + ", got " + name_of(got.value_format);

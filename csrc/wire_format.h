@@ -31,6 +31,7 @@ static_assert(std::endian::native == std::endian::little, "payloads are written 
 inline constexpr uint32_t kPayloadMagic = 0x50444443; // "CDDP" in the file
 inline constexpr uint16_t kWireVersion = 2;
 inline constexpr uint8_t kFlagNonFinite = 1; // some compensated or dense entry of this rank is Inf or NaN
+inline constexpr uint8_t kFlagRefused = 2;   // no payload: its rank could not use what it had received, and says so in its place
 inline constexpr int64_t kPayloadAlignment = 64;
 inline constexpr int64_t kLowBits = 8;
 inline constexpr int64_t kDirectoryStride = 256; // entries

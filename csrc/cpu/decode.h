@@ -56,18 +56,31 @@ Refusal decode_entries(const Layout& layout, const uint8_t* payloads, int64_t nu
   return {0, {}};
 }
 
-// The payloads of all ranks [world_size, payload_bytes(layout)], aligned to 8. Empty, or one line that names the first rank whose payload
-// is not what this rank expects, and why; `entries` mean nothing then.
+struct Senders { // of payloads that lie one after another: ranks first_rank, first_rank + 1, ..
+  int64_t first_rank;
+  int64_t world_size; // of their group, as their headers have it
+};
+
+// `count` payloads [count, payload_bytes(layout)], aligned to 8. Empty, or one line that names the first rank whose payload is not what
+// this rank expects, and why; `entries` mean nothing then.
+template <typename ParallelFor>
+std::string decode(const Layout& layout, const uint8_t* payloads, int64_t count, int64_t step, Entries& entries, ParallelFor&& parallel_for,
+                   Senders senders) {
+  Refusal refusal{0, {}};
+  for (int64_t p = 0; p < count && refusal.why.empty(); ++p)
+    refusal = {p, check_header(layout, payloads + p * payload_bytes(layout), static_cast<uint32_t>(senders.first_rank + p),
+                               static_cast<uint32_t>(senders.world_size), step)};
+  if (refusal.why.empty()) refusal = decode_entries(layout, payloads, count, entries, parallel_for);
+  if (refusal.why.empty()) return {};
+  return "the payload of rank " + std::to_string(senders.first_rank + refusal.payload) + " is not what this rank expects (" + refusal.why +
+         ")";
+}
+
+// The payloads of all ranks of a group.
 template <typename ParallelFor>
 std::string decode(const Layout& layout, const uint8_t* gathered, int64_t world_size, int64_t step, Entries& entries,
                    ParallelFor&& parallel_for) {
-  Refusal refusal{0, {}};
-  for (int64_t rank = 0; rank < world_size && refusal.why.empty(); ++rank)
-    refusal = {rank, check_header(layout, gathered + rank * payload_bytes(layout), static_cast<uint32_t>(rank),
-                                  static_cast<uint32_t>(world_size), step)};
-  if (refusal.why.empty()) refusal = decode_entries(layout, gathered, world_size, entries, parallel_for);
-  if (refusal.why.empty()) return {};
-  return "the payload of rank " + std::to_string(refusal.payload) + " is not what this rank expects (" + refusal.why + ")";
+  return decode(layout, gathered, world_size, step, entries, parallel_for, Senders{0, world_size});
 }
 
 // One payload, whichever rank and step it says it is of. Empty, or one line that says what is wrong with it.

@@ -150,8 +150,8 @@ bool decode_apply_tiles(const Layout& layout, const DecodeApplyArguments& argume
   }
 }
 
-void fill_nan(const Layout& layout, void* bucket, GradientType type) {
-  const auto count = static_cast<size_t>(layout.numel);
+void fill_nan(int64_t numel, void* bucket, GradientType type) {
+  const auto count = static_cast<size_t>(numel);
   switch (type) {
     case GradientType::kFloat32:
       std::fill_n(static_cast<float*>(bucket), count, std::numeric_limits<float>::quiet_NaN());

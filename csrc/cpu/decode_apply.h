@@ -36,13 +36,13 @@ int64_t num_decode_tiles(const Layout& layout);
 bool decode_apply_tiles(const Layout& layout, const DecodeApplyArguments& arguments, int64_t begin, int64_t end);
 
 // bucket = NaN everywhere.
-void fill_nan(const Layout& layout, void* bucket, GradientType type);
+void fill_nan(int64_t numel, void* bucket, GradientType type);
 
 // parallel_for as in compensate_select.h. Returns whether the bucket holds a non-finite result.
 template <typename ParallelFor>
 bool decode_apply(const Layout& layout, const DecodeApplyArguments& arguments, ParallelFor&& parallel_for) {
   if (any_non_finite(layout, arguments.gathered, arguments.world_size)) {
-    fill_nan(layout, arguments.bucket, arguments.type);
+    fill_nan(layout.numel, arguments.bucket, arguments.type);
     return true;
   }
   std::atomic<bool> finite{true};

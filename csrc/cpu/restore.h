@@ -10,7 +10,7 @@
 namespace compressed_ddp {
 
 // `entries`: of this rank's payload alone, from decode. residuals as in CompensateSelectArguments; an entry in a dense segment is passed
-// over.
-void restore(const Layout& layout, const Entries& entries, float* const* residuals);
+// over, and so is entry e if bit e of `returned` is set (return_dropped.h); nullptr = none is.
+void restore(const Layout& layout, const Entries& entries, float* const* residuals, const uint32_t* returned = nullptr);
 
 } // namespace compressed_ddp

@@ -30,30 +30,30 @@ __device__ __forceinline__ const PayloadHeader& header_of(const DecodeArguments&
   return *reinterpret_cast<const PayloadHeader*>(a.gathered + rank * a.expected.payload_bytes);
 }
 
-__device__ inline bool header_is_right(const PayloadHeader& got, const PayloadHeader& expected, int rank) {
+__device__ inline bool header_is_right(const PayloadHeader& got, const PayloadHeader& expected, int payload) {
   return got.magic == expected.magic && got.version == expected.version && (got.flags & ~kFlagNonFinite) == 0 &&
-         got.value_format == expected.value_format && got.rank == static_cast<uint32_t>(rank) && got.world_size == expected.world_size &&
-         got.layout_hash == expected.layout_hash && got.step == expected.step && got.numel == expected.numel &&
-         got.selected_numel == expected.selected_numel && got.dense_numel == expected.dense_numel &&
+         got.value_format == expected.value_format && got.rank == expected.rank + static_cast<uint32_t>(payload) &&
+         got.world_size == expected.world_size && got.layout_hash == expected.layout_hash && got.step == expected.step &&
+         got.numel == expected.numel && got.selected_numel == expected.selected_numel && got.dense_numel == expected.dense_numel &&
          got.payload_bytes == expected.payload_bytes;
 }
 
 // Lowest rank wins, whatever the order of blocks; 0 means none.
-__device__ __forceinline__ void report(DecodeStatus* status, int rank) {
-  const auto mine = static_cast<uint32_t>(rank) + 1;
-  const uint32_t seen = atomicCAS(&status->bad_rank, 0u, mine);
-  if (seen > mine) atomicMin(&status->bad_rank, mine);
-  atomicOr(&status->step_is_bad, 1u);
+__device__ __forceinline__ void report(const DecodeArguments& a, int payload) {
+  const uint32_t mine = a.expected.rank + static_cast<uint32_t>(payload) + 1;
+  const uint32_t seen = atomicCAS(&a.status->bad_rank, 0u, mine);
+  if (seen > mine) atomicMin(&a.status->bad_rank, mine);
+  atomicOr(&a.status->step_is_bad, 1u);
 }
 
 // ---- checks that are not part of any tile: headers, that directories ascend, and that every group's entries lie in the group
 
 // Block `block` looks at kThreads groups of one rank.
 __device__ void check_payload(const DevicePlan& plan, const DecodeArguments& a, int block) {
-  const int rank = block % a.world_size, g = block / a.world_size * kThreads + static_cast<int>(threadIdx.x);
+  const int rank = block % a.count, g = block / a.count * kThreads + static_cast<int>(threadIdx.x);
   const PayloadView payload = payload_of(plan, a, rank);
   bool right = true;
-  if (block < a.world_size && threadIdx.x == 0) {
+  if (block < a.count && threadIdx.x == 0) {
     right = header_is_right(header_of(a, rank), a.expected, rank);
     if ((header_of(a, rank).flags & kFlagNonFinite) != 0) atomicOr(&a.status->step_is_bad, 1u);
   }
@@ -62,10 +62,10 @@ __device__ void check_payload(const DevicePlan& plan, const DecodeArguments& a, 
     const int64_t first = index_of(plan, payload, range.entry_offset), last = index_of(plan, payload, range.entry_offset + range.k - 1);
     right = right && first >= range.first_index && last >= first && last <= range.last_index;
   }
-  if (block < a.world_size) // otherwise a tile's search might not land where the count of the tile before it ended
+  if (block < a.count) // otherwise a tile's search might not land where the count of the tile before it ended
     for (int64_t d = threadIdx.x; d + 1 < plan.sections.directory_numel; d += kThreads)
       right = right && payload.directory[d] <= payload.directory[d + 1];
-  if (!right) report(a.status, rank);
+  if (!right) report(a, rank);
 }
 __host__ __device__ inline int num_check_blocks(int num_groups, int world_size) {
   return world_size * (num_groups > kThreads ? (num_groups + kThreads - 1) / kThreads : 1);
@@ -180,7 +180,7 @@ __device__ inline GroupSearch groups_of_tile(const DevicePlan& plan, int64_t til
 template <typename gradient_t>
 __device__ bool scale_and_store(const DecodeArguments& a, const float* sums, int64_t tile_begin, int numel) {
   using stored_t = decltype(round_to(0.0f, static_cast<gradient_t*>(nullptr)));
-  const float scale = __fdiv_rn(1.0f, static_cast<float>(a.world_size));
+  const float scale = __fdiv_rn(1.0f, static_cast<float>(a.count));
   auto* out = static_cast<stored_t*>(a.bucket) + tile_begin;
   bool is_finite = true;
   const auto one = [&](int i) {
@@ -225,8 +225,8 @@ __global__ void __launch_bounds__(kThreads) decode_apply_kernel(DevicePlan plan,
   for (int i = threadIdx.x; i < kDecodeTileNumel; i += kThreads) sums[i] = 0;
   if (threadIdx.x == 0) first_dense = first_dense_tile(plan, tile_begin);
   if (threadIdx.x == 32) groups = groups_of_tile(plan, tile_begin, tile_end);
-  for (int first = 0; first < a.world_size; first += kRanksAtOnce) {
-    const int count = min(kRanksAtOnce, a.world_size - first);
+  for (int first = 0; first < a.count; first += kRanksAtOnce) {
+    const int count = min(kRanksAtOnce, a.count - first);
     if (first > 0) __syncthreads(); // the places of the ranks before are no longer needed
     if (threadIdx.x < count && plan.selected_numel > 0) {
       bool right = true;
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kThreads) decode_apply_kernel(DevicePlan plan,
       const PayloadView payload = payload_of(plan, a, first + r);
       if (plan.selected_numel > 0) {
         const bool right = is_right[r] && add_entries<format>(plan, payload, bits[r], groups, first_high, numel, sums);
-        if (!right && threadIdx.x == 0) report(a.status, first + r);
+        if (!right && threadIdx.x == 0) report(a, first + r);
       }
       if (!any_dense) continue;
       __syncthreads(); // an entry may lie in a dense segment, if somebody wants to do harm
@@ -252,9 +252,10 @@ __global__ void __launch_bounds__(kThreads) decode_apply_kernel(DevicePlan plan,
 
 // NaN everywhere if some rank's payload is bad or flagged: that it is bad is known only when all of the first kernel is done.
 template <typename gradient_t>
-__global__ void __launch_bounds__(kThreads) decode_apply_nan_kernel(DevicePlan plan, DecodeArguments a) {
+__global__ void __launch_bounds__(kThreads) nan_if_flagged_kernel(NanIfFlaggedArguments a) {
   bool flagged = false;
-  for (int rank = threadIdx.x; rank < a.world_size; rank += kThreads) flagged |= (header_of(a, rank).flags & kFlagNonFinite) != 0;
+  for (int p = threadIdx.x; p < a.count; p += kThreads)
+    flagged |= (reinterpret_cast<const PayloadHeader*>(a.payloads + p * a.stride)->flags & kFlagNonFinite) != 0;
   if (!__syncthreads_or(flagged) && a.status->bad_rank == 0) return;
   // An earlier bucket's bad rank makes this one NaN as well: its step is as bad, whatever became of the flag since.
   if (blockIdx.x == 0 && threadIdx.x == 0) atomicOr(&a.status->step_is_bad, 1u);
@@ -265,7 +266,7 @@ __global__ void __launch_bounds__(kThreads) decode_apply_nan_kernel(DevicePlan p
     else
       return static_cast<uint16_t>(std::is_same_v<gradient_t, Float16> ? 0x7e00 : 0x7fc0);
   }();
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < plan.numel; i += int64_t{gridDim.x} * kThreads)
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < a.numel; i += int64_t{gridDim.x} * kThreads)
     static_cast<stored_t*>(a.bucket)[i] = nan;
 }
 
@@ -275,22 +276,29 @@ void load(ValueFormat value_format) {
   with_value_format(value_format, [&](auto format) {
     check(cudaFuncGetAttributes(&attributes, decode_apply_kernel<gradient_t, format.value>), "loading decode_apply");
   });
-  check(cudaFuncGetAttributes(&attributes, decode_apply_nan_kernel<gradient_t>), "loading decode_apply_nan");
+  check(cudaFuncGetAttributes(&attributes, nan_if_flagged_kernel<gradient_t>), "loading nan_if_flagged");
 }
 
 template <typename gradient_t>
 void enqueue(const DevicePlan& plan, const DecodeArguments& a, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>((plan.numel + kDecodeTileNumel - 1) / kDecodeTileNumel);
-  const int checks = num_check_blocks(plan.num_groups, a.world_size);
+  const int checks = num_check_blocks(plan.num_groups, a.count);
   const unsigned blocks = tiles + static_cast<unsigned>(checks);
   with_value_format(plan.value_format,
                     [&](auto format) { decode_apply_kernel<gradient_t, format.value><<<blocks, kThreads, 0, stream>>>(plan, a, checks); });
   check(cudaGetLastError(), "decode_apply");
-  decode_apply_nan_kernel<gradient_t><<<min(tiles + 1, 512u), kThreads, 0, stream>>>(plan, a);
-  check(cudaGetLastError(), "decode_apply_nan");
+  nan_if_flagged({a.gathered, a.expected.payload_bytes, a.count, a.bucket, plan.numel, a.type, a.status}, stream);
 }
 
 } // namespace
+
+void nan_if_flagged(const NanIfFlaggedArguments& arguments, cudaStream_t stream) {
+  const auto tiles = static_cast<unsigned>((arguments.numel + kDecodeTileNumel - 1) / kDecodeTileNumel);
+  with_gradient_type(arguments.type, [&](auto gradient) {
+    nan_if_flagged_kernel<decltype(gradient)><<<min(tiles + 1, 512u), kThreads, 0, stream>>>(arguments);
+  });
+  check(cudaGetLastError(), "nan_if_flagged");
+}
 
 void decode_apply(const DevicePlan& plan, const DecodeArguments& arguments, cudaStream_t stream) {
   with_gradient_type(arguments.type, [&](auto gradient) { enqueue<decltype(gradient)>(plan, arguments, stream); });

@@ -24,11 +24,11 @@ struct alignas(8) DecodeStatus { // zero before the first call; kernels only set
 };
 
 struct DecodeArguments {   // all pointers in device memory
-  const uint8_t* gathered; // [world_size, header.payload_bytes], 64-byte aligned
-  int32_t world_size;
-  void* bucket; // [numel], written
+  const uint8_t* gathered; // [count, header.payload_bytes], 64-byte aligned
+  int32_t count;           // of payloads; the sum is multiplied by fp32(1 / count)
+  void* bucket;            // [numel], written
   GradientType type;
-  PayloadHeader expected; // make_header of rank 0; rank and flags are not compared with it
+  PayloadHeader expected; // make_header of the first payload's rank; the others are of the ranks behind it. Flags are not compared
   DecodeStatus* status;
 };
 
@@ -37,5 +37,19 @@ void load_decode_apply(GradientType type, ValueFormat value_format);
 
 // Enqueues two launches on `stream`.
 void decode_apply(const DevicePlan& plan, const DecodeArguments& arguments, cudaStream_t stream);
+
+struct NanIfFlaggedArguments { // all pointers in device memory
+  const uint8_t* payloads;     // their headers begin every `stride` bytes
+  int64_t stride;
+  int32_t count;
+  void* bucket; // [numel], written
+  int64_t numel;
+  GradientType type;
+  DecodeStatus* status;
+};
+
+// NaN everywhere if some payload is flagged as non-finite or was bad: what decode_apply does at its end, for a bucket that several of
+// them have written. Enqueues one launch on `stream`.
+void nan_if_flagged(const NanIfFlaggedArguments& arguments, cudaStream_t stream);
 
 } // namespace compressed_ddp::cuda

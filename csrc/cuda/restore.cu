@@ -13,6 +13,7 @@ __global__ void __launch_bounds__(kThreads) restore_kernel(DevicePlan plan, Rest
   if ((a.condition != nullptr && *a.condition == 0) || (a.sent != nullptr && *a.sent == 0)) return;
   const PayloadView payload = payload_view(plan, a.payload);
   for_each_entry(plan, payload, blockIdx.x, [&](int64_t entry, int64_t index) {
+    if (a.returned != nullptr && (a.returned[entry / 32] >> (entry % 32) & 1u) != 0) return;
     const float value = decoded_value<format>(plan, payload, entry, {0, plan.num_groups});
     if (value == 0 || (__float_as_uint(value) & 0x7fffffffu) >= kInfinityKey) return;
     const int segment = segment_of(plan, index);

@@ -25,6 +25,8 @@ class Engine:
         density: float | Callable[[int], float],
         scope: str,
         value_format: str,
+        exchange: str,
+        make_second_group: Callable[[ProcessGroup], ProcessGroup],
         error_feedback: bool,
         dense_steps: int,
         min_compress_numel: int,

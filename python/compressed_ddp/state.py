@@ -23,6 +23,7 @@ Exempt = str | Iterable[str] | Callable[[str, torch.Tensor], bool]
 _STATE_DICT_VERSION = 1
 _SCOPES = ("tensor", "bucket", "chunk")
 _VALUE_FORMATS = tuple(VALUE_FORMATS)
+_EXCHANGES = ("allgather", "split", "dense")
 
 
 class TopKEFState:
@@ -38,6 +39,10 @@ class TopKEFState:
             "chunk" in each 4096 consecutive entries of a parameter (k of the shorter last chunk: max(1, ceil(density * numel))).
         value_format: how selected values travel: "bf16" (2 bytes each), "fp32" (4 bytes), or "sign": 1 bit per value and one mean
             magnitude per group (what one selection spans). The residual absorbs what is lost.
+        exchange: how payloads travel. "allgather": every rank's to every rank; volume grows with the world size. "split": to the
+            owners of ranges of the bucket, who average and select once more, and their result to every rank; about two payloads in
+            all at any world size, and updates of k entries rather than of up to world_size * k. "dense": not compressed, a plain
+            average. None: "allgather" up to 16 ranks, "split" above.
         error_feedback: keep what is not sent and add it to the next gradient. False loses it: for comparisons.
         dense_steps: the first synchronised steps are averaged densely (default 2: in its first step DDP has the whole model
             in one bucket and rebuilds the buckets afterwards). 0 is correct, too.
@@ -59,6 +64,7 @@ class TopKEFState:
         *,
         scope: str = "tensor",
         value_format: str = "bf16",
+        exchange: str | None = None,
         error_feedback: bool = True,
         dense_steps: int = 2,
         min_compress_numel: int = 1024,
@@ -70,6 +76,10 @@ class TopKEFState:
         if value_format not in _VALUE_FORMATS:
             raise ValueError(
                 f"TopKEFState: value_format must be one of {_VALUE_FORMATS}, got {value_format!r}"
+            )
+        if exchange is not None and exchange not in _EXCHANGES:
+            raise ValueError(
+                f"TopKEFState: exchange must be None or one of {_EXCHANGES}, got {exchange!r}"
             )
         if not isinstance(error_feedback, bool):
             raise TypeError(
@@ -84,6 +94,7 @@ class TopKEFState:
         self.density = density if callable(density) else _checked_density(density)
         self.scope = scope
         self.value_format = value_format
+        self.exchange = exchange
         self.error_feedback = error_feedback
         self.dense_steps = _checked_integer("dense_steps", dense_steps)
         self.min_compress_numel = _checked_integer("min_compress_numel", min_compress_numel)
@@ -98,6 +109,8 @@ class TopKEFState:
             density=self.density,
             scope=scope,
             value_format=value_format,
+            exchange=exchange or "",
+            make_second_group=_second_group,
             error_feedback=error_feedback,
             dense_steps=self.dense_steps,
             min_compress_numel=self.min_compress_numel,
@@ -111,7 +124,7 @@ class TopKEFState:
     def __repr__(self) -> str:
         return (
             f"TopKEFState(density={self.density}, scope={self.scope!r}, value_format={self.value_format!r}, "
-            f"error_feedback={self.error_feedback}, dense_steps={self.dense_steps}, "
+            f"exchange={self.exchange!r}, error_feedback={self.error_feedback}, dense_steps={self.dense_steps}, "
             f"min_compress_numel={self.min_compress_numel}, step={self.step})"
         )
 
@@ -251,7 +264,8 @@ class TopKEFState:
         the middle of a backward pass tells of the step before. With CUDA tensors it waits once, until the stages of this rank's
         buckets are done (with NCCL, for the other ranks' payloads, too), and in the middle of a backward pass tells of the buckets so far.
 
-        `compressed_ddp/` + `bytes_sent` (put on the network by this rank), `dense_bytes` (what a ring all-reduce in the
+        `compressed_ddp/` + `bytes_sent` (put on the network by this rank; of it `bytes_sent_all_gather`, `bytes_sent_all_to_all` and
+        `bytes_sent_all_reduce` in the collectives of gradients, `bytes_sent_agreement` in comparisons of the ranks), `dense_bytes` (what a ring all-reduce in the
         gradient's dtype would have put there), `compression_ratio` (gradient bytes / payload bytes), `wire_ratio` (dense_bytes /
         bytes_sent; nan when nothing was sent), `gradient_norm`, `residual_norm`, `captured_energy` (share of the squared norm of
         gradient + residual that left the residual), `step` (number of steps completed). Norms are fp32 sums per block of
@@ -354,6 +368,7 @@ class TopKEFState:
             "density": self.density if isinstance(self.density, float) else -1.0,
             "scope": self.scope,
             "value_format": self.value_format,
+            "exchange": self.exchange or "default",
             "error_feedback": self.error_feedback,
             "dense_steps": self.dense_steps,
             "min_compress_numel": self.min_compress_numel,
@@ -445,3 +460,17 @@ def _check_same_rank(loaded: tuple[int, int], here: tuple[int, int]) -> None:
         f"{here[1]}; residuals belong to a rank: load each rank's own file with the same world size, or start without residuals "
         f"(a model that averages over a part of the ranks: register it before loading, or pass TopKEFState(process_group=...))"
     )
+
+
+def _second_group(process_group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A new group of the same ranks; called from the hook, on all of them in the same order."""
+    backend = process_group._get_backend(torch.device("cpu"))
+    group = dist.new_group(
+        dist.get_process_group_ranks(process_group),
+        backend=backend.name(),
+        timeout=backend.options._timeout,
+        use_local_synchronization=True,
+        group_desc="compressed_ddp",
+    )
+    assert isinstance(group, dist.ProcessGroup)
+    return group
