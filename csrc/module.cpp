@@ -53,11 +53,6 @@ std::function<double(int64_t)> density_function(py::object callable) {
   };
 }
 
-// Checked by TopKEFState.
-ValueFormat value_format_of(const std::string& name) {
-  return name == "fp32" ? ValueFormat::kFloat32 : name == "sign" ? ValueFormat::kSign : ValueFormat::kBFloat16;
-}
-
 // A deleter with the GIL: the engine keeps the results of the last step, which are Python objects.
 std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope, const std::string& value_format, bool error_feedback,
                                     int64_t dense_steps, int64_t min_compress_numel, bool exempt_needs_names) {

@@ -15,14 +15,13 @@ from torch import nn
 
 from . import _native
 from .adam import warn_about_momentum_once
+from .arguments import number_of
 from .names import trained_parameters, unwrapped
-from .reference import VALUE_FORMATS
 
 Exempt = str | Iterable[str] | Callable[[str, torch.Tensor], bool]
 
 _STATE_DICT_VERSION = 1
 _SCOPES = ("tensor", "bucket", "chunk")
-_VALUE_FORMATS = tuple(VALUE_FORMATS)
 
 
 class TopKEFState:
@@ -67,10 +66,7 @@ class TopKEFState:
     ) -> None:
         if scope not in _SCOPES:
             raise ValueError(f"TopKEFState: scope must be one of {_SCOPES}, got {scope!r}")
-        if value_format not in _VALUE_FORMATS:
-            raise ValueError(
-                f"TopKEFState: value_format must be one of {_VALUE_FORMATS}, got {value_format!r}"
-            )
+        number_of(value_format, "TopKEFState: ")
         if not isinstance(error_feedback, bool):
             raise TypeError(
                 f"TopKEFState: error_feedback must be True or False, got {error_feedback!r}"
