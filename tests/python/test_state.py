@@ -102,6 +102,31 @@ def test_options_but_the_first_two_are_keyword_only():
         TopKEFState(None, 0.01, "tensor")  # type: ignore[misc]
 
 
+FIXED_OPTIONS = {
+    "density": 0.5,
+    "scope": "bucket",
+    "value_format": "sign",
+    "error_feedback": False,
+    "dense_steps": 7,
+    "min_compress_numel": 7,
+    "exempt": "embed",
+}
+
+
+@pytest.mark.parametrize(("option", "value"), FIXED_OPTIONS.items(), ids=FIXED_OPTIONS.keys())
+def test_an_option_cannot_be_changed_after_construction_and_the_remedy_is_a_new_state(
+    option, value
+):
+    state = TopKEFState()
+    before = repr(state)
+    words = re.escape(f"TopKEFState: {option} cannot be changed after construction")
+    remedy = re.escape(f"new = TopKEFState({option}=..)")
+    with pytest.raises(AttributeError, match=f"{words}.*{remedy}"):
+        setattr(state, option, value)
+    assert repr(state) == before
+    state.process_group = None  # read at the first step
+
+
 # ---- names
 
 
