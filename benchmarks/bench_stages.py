@@ -73,21 +73,20 @@ class Segmentation:
 
 
 def segmentation(kind: str, numel: int, density: float) -> Segmentation:
-    """Return one segment, or the parameters of a ResNet-50 from the last to the first.
+    """Return one segment, or the parameters of a ResNet-50 or a GPT-2 from the last to the first.
 
-    Longer buckets repeat them, and the last one is cut to fit. As in the engine, 1-D parameters and
-    those below MIN_COMPRESS_NUMEL travel dense.
+    `layout_of` in gpu/bench_cuda_stages.cu makes the same of the same words. Longer buckets repeat
+    them, and the last one is cut to fit. As in the engine, 1-D parameters and those below
+    MIN_COMPRESS_NUMEL travel dense.
     """
-    if kind == "one":
-        shapes = [(numel, False)]
-    else:
-        shapes = []
-        left = numel
-        while left > 0:
-            for parameter_numel, is_vector in reversed(resnet50_parameters()):
-                if left > 0:
-                    shapes.append((min(parameter_numel, left), is_vector))
-                    left -= shapes[-1][0]
+    models = {"one": [(numel, False)], "resnet50": resnet50_parameters(), "gpt2": gpt2_parameters()}
+    shapes: list[tuple[int, bool]] = []
+    left = numel
+    while left > 0:
+        for parameter_numel, is_vector in reversed(models[kind]):
+            if left > 0:
+                shapes.append((min(parameter_numel, left), is_vector))
+                left -= shapes[-1][0]
     segments, groups, k = [], [], []
     for parameter_numel, is_vector in shapes:
         segments.append(parameter_numel)
@@ -115,6 +114,27 @@ def resnet50_parameters() -> list[tuple[int, bool]]:
                 parameters += convolution(inputs, 4 * planes, 1)
             inputs = 4 * planes
     return [*parameters, (2048 * 1000, False), (1000, True)]
+
+
+def gpt2_parameters() -> list[tuple[int, bool]]:
+    """Return (numel, is 1-D) of the smallest GPT-2's parameters in order: 124,439,808 entries."""
+    width = 768
+    block = [
+        (width, True),
+        (width, True),
+        (width * 3 * width, False),
+        (3 * width, True),
+        (width * width, False),
+        (width, True),
+        (width, True),
+        (width, True),
+        (width * 4 * width, False),
+        (4 * width, True),
+        (4 * width * width, False),
+        (width, True),
+    ]
+    embeddings = [(50257 * width, False), (1024 * width, False)]
+    return [*embeddings, *block * 12, (width, True), (width, True)]
 
 
 class Gradients:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_stages import segmentation
-from timing import RESULTS, goal, system_metadata, write
+from timing import RESULTS, goal, write_counted
 
 from compressed_ddp import ops
 
@@ -76,21 +76,18 @@ def main() -> int:
         if program.returncode != 0:
             print(f"{options.executable} ended with {program.returncode}", file=sys.stderr)
             return 1
-    write(
-        {
-            "benchmark": "count_cuda",
-            "title": "What the CUDA stages move, counted in simulation (not timed)",
-            "system": system_metadata(),
-            "settings": {
-                "numel": NUMEL,
-                "kernels": "PTX of sm_80, interpreted",
-                "earlier_steps": 3,
-                "value_format": "bf16",
-            },
-            "goals": goals,
-            "rows": rows,
+    write_counted(
+        "count_cuda",
+        "What the CUDA stages move, counted in simulation (not timed)",
+        settings={
+            "numel": NUMEL,
+            "kernels": "PTX of sm_80, interpreted",
+            "earlier_steps": 3,
+            "value_format": "bf16",
         },
-        options.output,
+        goals=goals,
+        rows=rows,
+        path=options.output,
     )
     return 0
 

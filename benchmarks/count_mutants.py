@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from timing import RESULTS, goal, system_metadata, write
+from timing import RESULTS, goal, write_counted
 
 MUTATE = Path(__file__).resolve().parents[1] / "tests" / "cpp" / "ptx" / "mutate_ptx.py"
 PROGRAMS = {  # which kernels, and which tests reach them quickly
@@ -82,20 +82,17 @@ def main() -> int:
     goals = []
     if options.kind == "sync":
         goals.append(goal("removed barriers and fences that nothing notices", survived, at_most=0))
-    write(
-        {
-            "benchmark": "count_mutants",
-            "title": f"Mutants of the CUDA kernels ({options.kind}), executed without a GPU",
-            "system": system_metadata(),
-            "settings": {"kind": options.kind, "kernels": "fp32, PTX of sm_80, interpreted"},
-            "goals": goals,
-            "rows": rows,
-            "survivors": [  # the same place in several instances of a template, and unrolled, counts together
-                {"kernel": kernel, "source": source, "comparison": comparison, "mutants": count}
-                for (kernel, source, comparison), count in sorted(survivors.items())
-            ],
-        },
-        options.output or RESULTS / f"mutants_{options.kind}.json",
+    write_counted(
+        "count_mutants",
+        f"Mutants of the CUDA kernels ({options.kind}), executed without a GPU",
+        settings={"kind": options.kind, "kernels": "fp32, PTX of sm_80, interpreted"},
+        goals=goals,
+        rows=rows,
+        path=options.output or RESULTS / f"mutants_{options.kind}.json",
+        survivors=[  # the same place in several instances of a template, and unrolled, counts together
+            {"kernel": kernel, "source": source, "comparison": comparison, "mutants": count}
+            for (kernel, source, comparison), count in sorted(survivors.items())
+        ],
     )
     return 1 if survived and options.kind == "sync" else 0
 

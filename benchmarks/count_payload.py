@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_stages import MIN_COMPRESS_NUMEL
-from timing import RESULTS, goal, system_metadata, write
+from timing import RESULTS, goal, write_counted
 
 from compressed_ddp import _native, ops
 
@@ -102,21 +102,18 @@ def main() -> int:
             if limit is not None:
                 what = f"bits per sent entry, {value_format}, density {density}"
                 goals.append(goal(what, round(bits, 3), at_most=limit))
-    write(
-        {
-            "benchmark": "count_payload",
-            "title": "Bits per sent entry of ResNet-50's payloads (counted, not timed)",
-            "system": system_metadata(),
-            "settings": {
-                "first_bucket_bytes": FIRST_BUCKET_BYTES,
-                "bucket_bytes": BUCKET_BYTES,
-                "buckets": len(cut),
-                "scope": "tensor",
-            },
-            "goals": goals,
-            "rows": rows,
+    write_counted(
+        "count_payload",
+        "Bits per sent entry of ResNet-50's payloads (counted, not timed)",
+        settings={
+            "first_bucket_bytes": FIRST_BUCKET_BYTES,
+            "bucket_bytes": BUCKET_BYTES,
+            "buckets": len(cut),
+            "scope": "tensor",
         },
-        options.output,
+        goals=goals,
+        rows=rows,
+        path=options.output,
     )
     return 0
 

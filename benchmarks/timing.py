@@ -142,6 +142,31 @@ def write(result: Mapping[str, Any], path: Path) -> None:
     print(f"written: {path}")
 
 
+def write_counted(
+    benchmark: str,
+    title: str,
+    *,
+    settings: Mapping[str, Any],
+    goals: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    **more: object,
+) -> None:
+    """Write the result of a benchmark that counts, beside the machine that it ran on; `more` behind it."""
+    write(
+        {
+            "benchmark": benchmark,
+            "title": title,
+            "system": system_metadata(),
+            "settings": settings,
+            "goals": goals,
+            "rows": rows,
+            **more,
+        },
+        path,
+    )
+
+
 def _processor() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")

@@ -77,11 +77,6 @@ std::optional<ExchangeKind> exchange_of(const std::string& name) {
   return std::nullopt;
 }
 
-// Checked by TopKEFState.
-ValueFormat value_format_of(const std::string& name) {
-  return name == "fp32" ? ValueFormat::kFloat32 : name == "sign" ? ValueFormat::kSign : ValueFormat::kBFloat16;
-}
-
 // A deleter with the GIL: the engine keeps the results of the last step, which are Python objects.
 std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope, const std::string& value_format,
                                     const std::string& exchange, py::object make_second_group, bool error_feedback, int64_t dense_steps,

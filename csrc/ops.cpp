@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <limits>
 
 #include "cpu/compensate_select.h"
 #include "cpu/decode.h"
@@ -20,18 +21,13 @@ namespace compressed_ddp {
 namespace {
 
 Layout make_layout(const char* op, at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k,
-                   ValueFormat value_format = ValueFormat::kFloat32) {
+                   c10::string_view value_format = "fp32") {
   try {
-    return Layout::make({segments.data(), segments.size()}, {groups.data(), groups.size()}, {k.data(), k.size()}, value_format);
+    return Layout::make({segments.data(), segments.size()}, {groups.data(), groups.size()}, {k.data(), k.size()},
+                        value_format_of({value_format.data(), value_format.size()}));
   } catch (const std::invalid_argument& error) {
     TORCH_CHECK_VALUE(false, op, ": ", error.what());
   }
-}
-
-ValueFormat checked_value_format(const char* op, c10::string_view name) {
-  for (const ValueFormat value_format : {ValueFormat::kFloat32, ValueFormat::kBFloat16, ValueFormat::kSign})
-    if (name == name_of(value_format)) return value_format;
-  TORCH_CHECK_VALUE(false, op, ": expected value_format to be 'fp32', 'bf16' or 'sign', got '", name, "'");
 }
 
 void check_flat(const char* op, const char* argument, const at::Tensor& tensor, int64_t numel) {
@@ -84,11 +80,21 @@ void check_payloads(const char* op, const char* argument, const at::Tensor& payl
                     " to be aligned to 8 bytes; clone() it");
 }
 
+// Of ascending indices inside the bucket. A group may span dense segments, whose entries are none of its own.
+void check_not_dense(const char* op, const Layout& layout, const int32_t* indices) {
+  size_t s = 0;
+  for (int64_t entry = 0; entry < layout.selected_numel; ++entry) {
+    while (layout.segments[s].offset + layout.segments[s].numel <= indices[entry]) ++s;
+    TORCH_CHECK_VALUE(layout.segments[s].group != kDenseGroup, op, ": index ", indices[entry],
+                      " lies in a dense segment; expected what compensate_select_ returned");
+  }
+}
+
 at::Tensor encode_cpu(const at::Tensor& values, const at::Tensor& indices, const at::Tensor& gradient, at::IntArrayRef segments,
                       at::IntArrayRef groups, at::IntArrayRef k, c10::string_view value_format, const std::optional<at::Tensor>& residual,
                       int64_t rank, int64_t world_size, int64_t step, bool non_finite) {
   constexpr auto op = "encode";
-  const Layout layout = make_layout(op, segments, groups, k, checked_value_format(op, value_format));
+  const Layout layout = make_layout(op, segments, groups, k, value_format);
   check_flat(op, "gradient", gradient, layout.numel);
   check_type(op, "values", values, at::kFloat);
   check_type(op, "indices", indices, at::kInt);
@@ -96,13 +102,14 @@ at::Tensor encode_cpu(const at::Tensor& values, const at::Tensor& indices, const
                         indices.is_contiguous() && indices.numel() == layout.selected_numel,
                     op, ": expected flat contiguous values and indices with ", layout.selected_numel,
                     " entries (the sum of k), got shapes ", values.sizes(), " and ", indices.sizes());
-  TORCH_CHECK_VALUE(world_size >= 1 && rank >= 0 && rank < world_size, op, ": expected 0 <= rank < world_size, got rank ", rank, " of ",
-                    world_size);
+  TORCH_CHECK_VALUE(rank >= 0 && rank < world_size && world_size <= std::numeric_limits<uint32_t>::max(), op,
+                    ": expected 0 <= rank < world_size < 2^32, got rank ", rank, " of ", world_size);
   const auto* positions = indices.const_data_ptr<int32_t>();
   TORCH_CHECK_VALUE(std::is_sorted(positions, positions + layout.selected_numel, std::less_equal<>()), op,
                     ": expected indices to ascend strictly, as compensate_select_ returns them");
   const std::string problem = check_groups(layout, positions);
   TORCH_CHECK_VALUE(problem.empty(), op, ": ", problem, "; expected what compensate_select_ returned");
+  check_not_dense(op, layout, positions);
   std::vector<float*> residuals;
   if (residual.has_value()) {
     check_flat(op, "residual", *residual, layout.numel);
@@ -112,9 +119,11 @@ at::Tensor encode_cpu(const at::Tensor& values, const at::Tensor& indices, const
   at::Tensor payload = at::empty({payload_bytes(layout)}, gradient.options().dtype(at::kByte));
   auto* bytes = payload.mutable_data_ptr<uint8_t>();
   const EncodeStatistics dense = encode_dense(layout, gradient.const_data_ptr(), gradient_type(gradient), nullptr, bytes);
-  const bool any_non_finite = non_finite || dense.non_finite > 0;
-  encode_selected(layout,
-                  {values.const_data_ptr<float>(), positions, residual.has_value() ? residuals.data() : nullptr, any_non_finite, bytes},
+  const auto* numbers = values.const_data_ptr<float>();
+  const bool any_non_finite = non_finite || dense.non_finite > 0 || std::any_of(numbers, numbers + layout.selected_numel, [](float value) {
+                                return !is_finite_key(selection_key(value));
+                              });
+  encode_selected(layout, {numbers, positions, residual.has_value() ? residuals.data() : nullptr, any_non_finite, bytes},
                   torch_parallel_for);
   encode_header(layout, static_cast<uint32_t>(rank), static_cast<uint32_t>(world_size), step, any_non_finite, bytes);
   return payload;
@@ -123,7 +132,7 @@ at::Tensor encode_cpu(const at::Tensor& values, const at::Tensor& indices, const
 void decode_apply_cpu(at::Tensor& bucket, const at::Tensor& gathered, at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k,
                       c10::string_view value_format, int64_t step) {
   constexpr auto op = "decode_apply_";
-  const Layout layout = make_layout(op, segments, groups, k, checked_value_format(op, value_format));
+  const Layout layout = make_layout(op, segments, groups, k, value_format);
   check_flat(op, "bucket", bucket, layout.numel);
   check_payloads(op, "gathered", gathered);
   TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.is_contiguous() && gathered.size(0) >= 1 && gathered.size(1) == payload_bytes(layout),
@@ -138,7 +147,7 @@ void decode_apply_cpu(at::Tensor& bucket, const at::Tensor& gathered, at::IntArr
 void restore_cpu(at::Tensor& residual, const at::Tensor& payload, at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k,
                  c10::string_view value_format) {
   constexpr auto op = "restore_";
-  const Layout layout = make_layout(op, segments, groups, k, checked_value_format(op, value_format));
+  const Layout layout = make_layout(op, segments, groups, k, value_format);
   check_flat(op, "residual", residual, layout.numel);
   check_type(op, "residual", residual, at::kFloat);
   check_payloads(op, "payload", payload);

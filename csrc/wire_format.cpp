@@ -1,6 +1,8 @@
 #include "wire_format.h"
 
+#include <cstdio>
 #include <cstring>
+#include <stdexcept>
 
 namespace compressed_ddp {
 namespace {
@@ -25,6 +27,12 @@ int64_t values_bytes(const Layout& layout) {
 
 std::string differs(const char* field, int64_t expected, int64_t got) {
   return std::string(field) + ": expected " + std::to_string(expected) + ", got " + std::to_string(got);
+}
+
+std::string hex(uint32_t number) {
+  char digits[11];
+  std::snprintf(digits, sizeof digits, "0x%08x", number);
+  return digits;
 }
 
 } // namespace
@@ -75,7 +83,7 @@ PayloadHeader read_header(const uint8_t* payload) {
 
 std::string check_header(const Layout& layout, const uint8_t* payload, uint32_t rank, uint32_t world_size, int64_t step) {
   const PayloadHeader got = read_header(payload);
-  if (got.magic != kPayloadMagic) return differs("magic", kPayloadMagic, got.magic);
+  if (got.magic != kPayloadMagic) return "magic: expected " + hex(kPayloadMagic) + ", got " + hex(got.magic);
   if (got.version != kWireVersion)
     return differs("wire format version", kWireVersion, got.version) + "; install the same compressed_ddp on every rank";
   if ((got.flags & kFlagRefused) != 0) return "it had received a payload that it could not use: its own error says which";
@@ -103,6 +111,12 @@ const char* name_of(ValueFormat value_format) {
       return "sign";
   }
   return "an unknown one"; // of a hostile header
+}
+
+ValueFormat value_format_of(std::string_view name) {
+  for (const ValueFormat value_format : {ValueFormat::kFloat32, ValueFormat::kBFloat16, ValueFormat::kSign})
+    if (name == name_of(value_format)) return value_format;
+  throw std::invalid_argument("value_format must be one of ('fp32', 'bf16', 'sign'), got '" + std::string(name) + "'");
 }
 
 } // namespace compressed_ddp

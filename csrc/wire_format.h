@@ -21,6 +21,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "layout.h"
 
@@ -85,5 +86,8 @@ std::string check_header(const Layout& layout, const uint8_t* payload, uint32_t 
 
 // "fp32", "bf16", "sign"
 const char* name_of(ValueFormat value_format);
+
+// The other way round. Throws std::invalid_argument for any other name.
+ValueFormat value_format_of(std::string_view name);
 
 } // namespace compressed_ddp

@@ -183,7 +183,7 @@ std::vector<Parameter> resnet50() { // as bench_stages.resnet50_parameters
   return parameters;
 }
 
-std::vector<Parameter> gpt2() { // the smallest one: 124,439,808 entries; as bench_eager_cuda.gpt2_parameters
+std::vector<Parameter> gpt2() { // the smallest one: 124,439,808 entries; as bench_stages.gpt2_parameters
   constexpr int64_t kWidth = 768;
   std::vector<Parameter> parameters = {{50257 * kWidth, false}, {1024 * kWidth, false}};
   for (int block = 0; block < 12; ++block)

@@ -21,12 +21,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench_stages import Segmentation, eager_pipeline, resnet50_parameters
+from bench_stages import eager_pipeline, segmentation
 from timing import goal, quartiles, write
 
-from compressed_ddp import _native
-
-MIN_COMPRESS_NUMEL = 1024  # TopKEFState's default
 WARM_UP_STEPS = 30
 NUM_BUFFERS = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,49 +31,6 @@ COMPRESS = "compensate_select_encode, one pass"
 AXES = ("numel", "density", "dtype", "segmentation")
 GOAL_NUMELS = (26_214_400, 104_857_600)  # 100 and 400 MiB of fp32
 HEAVY_NUMEL = 50_000_000  # from here on, fewer repetitions
-
-
-def gpt2_parameters() -> list[tuple[int, bool]]:
-    """Return (numel, is 1-D) of the smallest GPT-2's parameters in order: 124,439,808 entries."""
-    width = 768
-    block = [
-        (width, True),
-        (width, True),
-        (width * 3 * width, False),
-        (3 * width, True),
-        (width * width, False),
-        (width, True),
-        (width, True),
-        (width, True),
-        (width * 4 * width, False),
-        (4 * width, True),
-        (4 * width * width, False),
-        (width, True),
-    ]
-    embeddings = [(50257 * width, False), (1024 * width, False)]
-    return [*embeddings, *block * 12, (width, True), (width, True)]
-
-
-def segmentation(kind: str, numel: int, density: float) -> Segmentation:
-    """Return what `layout_of` in bench_cuda_stages.cu makes of the same words."""
-    models = {"one": [(numel, False)], "resnet50": resnet50_parameters(), "gpt2": gpt2_parameters()}
-    segments: list[int] = []
-    groups: list[int] = []
-    k: list[int] = []
-    left = numel
-    while left > 0:
-        for parameter_numel, is_vector in reversed(models[kind]):
-            if left == 0:
-                break
-            here = min(parameter_numel, left)
-            left -= here
-            segments.append(here)
-            if is_vector or here < MIN_COMPRESS_NUMEL:
-                groups.append(-1)
-            else:
-                groups.append(len(k))
-                k.append(_native._C.selection_k(density, here))
-    return Segmentation(segments, groups, k)
 
 
 def times_ms(call: Callable[[int], object], repetitions: int, warmup: int) -> list[float]:

@@ -41,14 +41,8 @@ EncodeStatistics copy_dense(const Layout& layout, const gradient_t* gradient, co
 
 EncodeStatistics encode_dense(const Layout& layout, const void* gradient, GradientType type, const uint8_t* unused, uint8_t* payload) {
   float* dense = reinterpret_cast<float*>(payload + payload_sections(layout).dense);
-  switch (type) {
-    case GradientType::kFloat32:
-      return copy_dense(layout, static_cast<const float*>(gradient), unused, dense);
-    case GradientType::kFloat16:
-      return copy_dense(layout, static_cast<const Float16*>(gradient), unused, dense);
-    default:
-      return copy_dense(layout, static_cast<const BFloat16*>(gradient), unused, dense);
-  }
+  return with_gradient_type(
+      type, [&](auto of_type) { return copy_dense(layout, static_cast<const decltype(of_type)*>(gradient), unused, dense); });
 }
 
 void encode_scales(const Layout& layout, const EncodeSelectedArguments& a, int64_t begin, int64_t end) {

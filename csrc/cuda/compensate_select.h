@@ -3,15 +3,19 @@
 //
 // Two ways to the same result, both exact for any data:
 //
-//   one pass   guess      a threshold range per group from a sample of this step           less than 1/64 of gradient and residual
+//   one pass   guess      a threshold range per group from a sample of this step           see below
 //   (E)        filter     compensate; candidates to their tile's slot                      gradient and residual, once
 //              histogram, filter again     only where the guess was wrong: exits at once otherwise
 //              refine     the exact k-th key, from the candidates                           candidates
 //              emit       selected candidates in index order to the payload; dense part, header
+//              encode_lost    sign values only: what their scales take out of the residual  sent entries
 //
 //   two passes histogram  compensate; count keys per eighth of an octave                   gradient and residual, once
 //   (D)        filter     candidates above the k-th entry's bin to their tile's slot       residual, once more
-//              refine, emit
+//              refine, emit, encode_lost
+//
+// The sample of a group of N entries with k to send has 2.2 (N k)^(1/3), at least 4096 and at most 2^20 (plan.cpp; a sector of 8
+// at least of every tile): most of a group of 5000, at most 1/64 of one of 2^18 or more at densities up to 0.09.
 //
 // Everything is ordered by the stream: no host synchronisation, no allocation, the same launches in every step, so that a CUDA graph
 // can hold them. Blocks of one kernel meet only in tickets ("the last block does the rest") and, in emit, in a look-back over runs.
@@ -46,8 +50,8 @@ struct SelectArguments { // all pointers in device memory
   uint32_t* sent = nullptr;     // set to 1 by the last kernel: the payload holds entries that are missing from the residual
 };
 
-// Loads the kernels of both methods, which CUDA does at their first launch otherwise: a selection that stops halfway has zeroed entries
-// of the residual that no payload holds.
+// Loads the kernels of both methods, which CUDA does at their first launch otherwise: a selection that stops halfway has taken
+// entries out of the residual that no payload holds.
 void load_compensate_select(GradientType type, ValueFormat value_format);
 cudaError_t try_compensate_select(); // whether the current device can run them, asked of one
 

@@ -79,8 +79,8 @@ __device__ __forceinline__ void emit_tile(const DevicePlan& plan, const SelectAr
       }
     }
     if (valid && finite(key) && source.residual != nullptr) {
-      const bool zeroed = !read_all && key >= mid;
-      if (deferred || selected != zeroed) source.residual[i] = selected ? left_behind(plan, value) : value;
+      const bool taken_out = !read_all && key >= mid; // by the filter
+      if (deferred || selected != taken_out) source.residual[i] = selected ? left_behind(plan, value) : value;
     }
     before.above += __popc(above);
     before.equal += __popc(equal);

@@ -1,8 +1,9 @@
 // The pass that finds candidates: keys >= low, with their places, tile by tile. One block per tile.
 //
 // First pass (kAgain = false): acc = gradient + residual; candidates go to the tile's slot in index order; the residual becomes acc, but
-// 0 for keys >= mid, which will probably be selected (emit corrects the few that are not). A tile with more candidates than its slot
-// holds, or with a non-finite acc, is deferred: nothing of it is written until emit.
+// for keys >= mid, which will probably be selected, what sending leaves there: 0 with fp32 values, the rest of rounding with bf16, all of
+// it with signs, until encode_lost (emit corrects the few that are not selected). A tile with more candidates than its slot holds, or with
+// a non-finite acc, is deferred: nothing of it is written until emit.
 // Second pass (kAgain = true), after the histogram pass: the same from the stored sums.
 //
 // The group's last block finds the bin that holds the k-th key, or asks for the histogram pass if the guess was wrong.

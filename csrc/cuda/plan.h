@@ -79,7 +79,7 @@ struct Rounding {
 // What is known of a large group so far. Zero at the start of a step; the emit kernel leaves it so.
 struct GroupState {
   uint32_t low;       // candidates are keys >= low
-  uint32_t mid;       // the filter has zeroed the residual of keys >= mid (a guess of the threshold; never wrong, only costly)
+  uint32_t mid;       // the filter has taken keys >= mid out of the residual (a guess of the threshold; never wrong, only costly)
   uint32_t high;      // keys >= high are selected for sure
   uint32_t shift;     // bins of the filter's histogram are 2^shift keys wide
   uint32_t above;     // candidates with keys >= high
@@ -97,7 +97,6 @@ struct StepState {
   uint32_t non_finite; // some acc or dense entry of this rank is Inf or NaN
   uint32_t next_run;   // emit: order in which blocks take runs
   uint32_t finished;   // emit: blocks that are done
-  uint32_t unused_padding;
 };
 
 struct Plan {

@@ -22,11 +22,12 @@ def _self_check() -> str:
     import torch
 
     from . import ops, reference
+    from .arguments import VALUE_FORMATS
 
     generator = torch.Generator().manual_seed(0)
     segments, groups, k = [5000, 100, 3000], [0, -1, 1], [50, 30]
     layout = (segments, groups, k)
-    for value_format in reference.VALUE_FORMATS:
+    for value_format in VALUE_FORMATS:
         results = []
         for stages in (ops, reference):
             generator.manual_seed(0)
@@ -55,7 +56,8 @@ def _self_check() -> str:
             raise RuntimeError(
                 f"the native stages and reference.py differ on a bucket of two ranks ({value_format})"
             )
-    return "passed: two ranks, one bucket, native == reference.py bit for bit"
+    *names, last = VALUE_FORMATS
+    return f"passed: two ranks, one bucket, values as {', '.join(names)} and {last}: native == reference.py bit for bit"
 
 
 def _engine() -> str:

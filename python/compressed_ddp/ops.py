@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import _native as _native  # registers the operators
-from . import reference
+from . import arguments, reference
+from .arguments import number_of
 
 _OTHER_DEVICES = ["cuda", "mps", "xpu"]
 _NAMESPACE = torch.ops.compressed_ddp
@@ -75,15 +76,18 @@ def encode(
         value_format: "fp32", "bf16" or "sign".
         residual: flat [numel], float32, contiguous, as `compensate_select_` left it. What rounding takes from the finite values is
             added to it, in place at `indices`: value - decoded value. None: that is lost.
-        rank, world_size, step: written to the header, checked by the receiver.
-        non_finite: some compensated entry is Inf or NaN; dense entries are looked at here. Of such a payload the scales of "sign"
-            are 0.
+        rank, world_size, step: written to the header, checked by the receiver. 0 <= rank < world_size < 2^32.
+        non_finite: some compensated entry is Inf or NaN; `values` and dense entries are looked at here. Of such a payload the
+            scales of "sign" are 0.
 
     Returns:
         uint8 [payload_bytes(segments, groups, k, value_format)].
 
     Raises ValueError or TypeError; the residual is unchanged then.
     """
+    number_of(
+        value_format, "encode: "
+    )  # what is no str at all, the dispatcher refuses without a name
     payload: Tensor = _NAMESPACE.encode(
         values,
         indices,
@@ -123,6 +127,7 @@ def decode_apply_(
 
     Raises ValueError naming the rank and the field when a payload is not what it should be; the bucket is unchanged then.
     """
+    number_of(value_format, "decode_apply_: ")
     _NAMESPACE.decode_apply_(
         bucket, gathered, segments, groups, k, value_format=value_format, step=step
     )
@@ -148,6 +153,7 @@ def restore_(
 
     Raises ValueError or TypeError; the residual is unchanged then.
     """
+    number_of(value_format, "restore_: ")
     _NAMESPACE.restore_(residual, payload, segments, groups, k, value_format=value_format)
 
 
@@ -156,6 +162,7 @@ payload_bytes = reference.payload_bytes
 
 @torch.library.register_fake("compressed_ddp::compensate_select_")
 def _(gradient, residual, segments, groups, k, *, error_feedback=True):  # type: ignore[no-untyped-def]
+    arguments.check_layout(segments, groups, k, "compensate_select_: ")
     entries = sum(k)
     return (
         gradient.new_empty(entries, dtype=torch.float32),
@@ -166,18 +173,22 @@ def _(gradient, residual, segments, groups, k, *, error_feedback=True):  # type:
 
 @torch.library.register_fake("compressed_ddp::encode")
 def _(values, indices, gradient, segments, groups, k, *, value_format="bf16", **options):  # type: ignore[no-untyped-def]
+    number_of(value_format, "encode: ")
+    arguments.check_layout(segments, groups, k, "encode: ")
     size = payload_bytes(segments, groups, k, value_format)
     return gradient.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.register_fake("compressed_ddp::decode_apply_")
 def _(bucket, gathered, segments, groups, k, *, value_format="bf16", step=0):  # type: ignore[no-untyped-def]
-    return None
+    number_of(value_format, "decode_apply_: ")
+    arguments.check_layout(segments, groups, k, "decode_apply_: ")
 
 
 @torch.library.register_fake("compressed_ddp::restore_")
 def _(residual, payload, segments, groups, k, *, value_format="bf16"):  # type: ignore[no-untyped-def]
-    return None
+    number_of(value_format, "restore_: ")
+    arguments.check_layout(segments, groups, k, "restore_: ")
 
 
 for _name in ("compensate_select_", "encode", "decode_apply_", "restore_"):

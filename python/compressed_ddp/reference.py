@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-VALUE_FORMATS = {"fp32": 0, "bf16": 1, "sign": 2}  # and their numbers in a header
+from . import arguments
+from .arguments import number_of
 
 _HEADER = struct.Struct("<IHBBIIQqqqqq")  # docs/wire_format.md
 _MAGIC, _VERSION, _NON_FINITE = 0x50444443, 2, 1
@@ -31,6 +32,12 @@ def compensate_select_(
     error_feedback: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """residual += gradient; take the k largest of each group out of it. A non-finite sum is sent, and never stored."""
+    who = "compensate_select_: "
+    arguments.check_layout(segments, groups, k, who)
+    for name, tensor in (("gradient", gradient), ("residual", residual)):
+        arguments.check_flat(who, name, tensor, sum(segments))
+    arguments.check_dtype(who, "residual", residual, torch.float32)
+    arguments.check_gradient_dtype(gradient)
     acc = gradient.float() + residual if error_feedback else gradient.float()
     finite = torch.isfinite(acc)
     key = acc.view(torch.int32) & 0x7FFFFFFF
@@ -76,15 +83,27 @@ def encode(
     non_finite: bool = False,
 ) -> Tensor:
     """One uint8 tensor of a size known from (segments, groups, k, value_format); residual += what rounding takes from the values."""
+    who = "encode: "
+    number = number_of(value_format, who)
+    arguments.check_layout(segments, groups, k, who)
+    arguments.check_flat(who, "gradient", gradient, sum(segments))
+    arguments.check_entries(who, values, indices, sum(k))
+    arguments.check_ranks(who, rank, world_size)
+    arguments.check_indices(who, indices, segments, groups, k)
+    if residual is not None:
+        arguments.check_flat(who, "residual", residual, sum(segments))
+        arguments.check_dtype(who, "residual", residual, torch.float32)
+    arguments.check_gradient_dtype(gradient)
     slices = _section_slices(segments, groups, k, value_format)
     device = gradient.device
     dense = torch.cat(
         [gradient.new_zeros(0), *(gradient[at] for at in _dense_slices(segments, groups))]
     ).float()
     dense = torch.where(torch.isnan(dense), torch.nan, dense)  # every NaN is written as 0x7fc00000
-    flags = _NON_FINITE if non_finite or not torch.isfinite(dense).all() else 0
+    finite = torch.isfinite(dense).all() and torch.isfinite(values).all()
+    flags = _NON_FINITE if non_finite or not finite else 0
     fields = (rank, world_size, *_layout_fields(segments, groups, k, value_format, step))
-    header = _HEADER.pack(_MAGIC, _VERSION, flags, _number_of(value_format), *fields)
+    header = _HEADER.pack(_MAGIC, _VERSION, flags, number, *fields)
 
     index = indices.long()
     high = index >> 8
@@ -125,19 +144,21 @@ def decode_apply_(
     step: int = 0,
 ) -> None:
     """bucket = (what rank 0 sent + what rank 1 sent + ..) * fp32(1 / world_size), in rank order; NaN if any rank was non-finite."""
-    world_size = gathered.shape[0]
+    who = "decode_apply_: "
+    number_of(value_format, who)
+    arguments.check_layout(segments, groups, k, who)
+    arguments.check_flat(who, "bucket", bucket, sum(segments))
     layout = (segments, groups, k, value_format)
+    arguments.check_gathered(who, gathered, payload_bytes(*layout))
+    arguments.check_gradient_dtype(bucket)
+    world_size = gathered.shape[0]
     any_non_finite = False
     for rank, payload in enumerate(gathered):
-        magic, version, flags, *fields = _HEADER.unpack(bytes(payload[: _HEADER.size].tolist()))
-        got = (magic, version, flags & ~_NON_FINITE, *fields)
-        format_and_ranks = (_number_of(value_format), rank, world_size)
-        expected = (_MAGIC, _VERSION, 0, *format_and_ranks, *_layout_fields(*layout, step))
-        if got != expected or not _has_good_indices(payload, *layout):
+        if not _is_expected(payload, *layout, rank, world_size, step):
             raise ValueError(
-                f"decode_apply_: the payload of rank {rank} is not what this rank expects; the bucket is unchanged"
+                f"{who}the payload of rank {rank} is not what this rank expects; the bucket is unchanged"
             )
-        any_non_finite |= flags != 0
+        any_non_finite |= _header_of(payload)[2] != 0
     if any_non_finite:
         bucket.fill_(torch.nan)
         return
@@ -161,8 +182,21 @@ def restore_(
     value_format: str = "bf16",
 ) -> None:
     """Puts this rank's own payload back: after a failed exchange or a skipped step nothing is lost."""
-    index, values, _ = _decoded(payload, segments, groups, k, value_format)
+    who = "restore_: "
+    number_of(value_format, who)
+    arguments.check_layout(segments, groups, k, who)
+    arguments.check_flat(who, "residual", residual, sum(segments))
+    arguments.check_dtype(who, "residual", residual, torch.float32)
+    layout = (segments, groups, k, value_format)
+    arguments.check_payload(who, payload, payload_bytes(*layout))
+    rank, world_size, _, step = _header_of(payload)[4:8]  # whichever it says
+    if not _is_expected(payload, *layout, rank, world_size, step):
+        raise ValueError(f"{who}the payload does not fit the layout; the residual is unchanged")
+    index, values, _ = _decoded(payload, *layout)
     back = torch.isfinite(values) & (values != 0)
+    back &= arguments.is_grouped(segments, groups, index.device)[
+        index
+    ]  # dense ones have no residual
     residual[index[back]] += values[back]
 
 
@@ -202,16 +236,10 @@ def payload_bytes(
     segments: Sequence[int], groups: Sequence[int], k: Sequence[int], value_format: str = "bf16"
 ) -> int:
     """Size of a payload (docs/wire_format.md): its sections, rounded up to a multiple of 64."""
+    number_of(value_format)
+    arguments.check_layout(segments, groups, k)
     used: int = _section_slices(segments, groups, k, value_format)[-1].stop
     return (used + 63) // 64 * 64
-
-
-def _number_of(value_format: str) -> int:
-    if value_format not in VALUE_FORMATS:
-        raise ValueError(
-            f"expected value_format to be one of {tuple(VALUE_FORMATS)}, got {value_format!r}"
-        )
-    return VALUE_FORMATS[value_format]
 
 
 def _dense_numel(segments: Sequence[int], groups: Sequence[int]) -> int:
@@ -246,7 +274,7 @@ def _section_slices(
     """Where header, directory, high bits, scales, dense entries, values and low bytes lie in a payload."""
     entries = sum(k)
     num_high_bits = entries + (sum(segments) - 1) // 256 if entries else 0
-    value_bytes = (4 * entries, 2 * entries, (entries + 31) // 32 * 4)[_number_of(value_format)]
+    value_bytes = (4 * entries, 2 * entries, (entries + 31) // 32 * 4)[number_of(value_format)]
     sizes = (
         _HEADER.size,
         (entries + 255) // 256 * 4,
@@ -321,6 +349,30 @@ def _decoded(
     return index, decoded, dense.view(torch.float32)
 
 
+def _header_of(payload: Tensor) -> tuple[int, ...]:
+    """magic, version, flags, value_format, rank, world_size, layout_hash, step, .."""
+    return _HEADER.unpack(bytes(payload[: _HEADER.size].tolist()))
+
+
+def _is_expected(
+    payload: Tensor,
+    segments: Sequence[int],
+    groups: Sequence[int],
+    k: Sequence[int],
+    value_format: str,
+    rank: int,
+    world_size: int,
+    step: int,
+) -> bool:
+    """A payload of this layout by that rank in that step."""
+    layout = (segments, groups, k, value_format)
+    magic, version, flags, *fields = _header_of(payload)
+    got = (magic, version, flags & ~_NON_FINITE, *fields)
+    format_and_ranks = (number_of(value_format), rank, world_size)
+    expected = (_MAGIC, _VERSION, 0, *format_and_ranks, *_layout_fields(*layout, step))
+    return got == expected and _has_good_indices(payload, *layout)
+
+
 def _has_good_indices(
     payload: Tensor,
     segments: Sequence[int],
@@ -360,7 +412,7 @@ def _layout_fields(
 ) -> tuple[int, ...]:
     layout_hash = _FNV_SEED
     pairs = (part for pair in zip(segments, groups) for part in pair)
-    for number in (len(segments), *pairs, *k, _number_of(value_format)):
+    for number in (len(segments), *pairs, *k, number_of(value_format)):
         for byte in (number % 2**64).to_bytes(8, "little"):
             layout_hash = (layout_hash ^ byte) * _FNV_PRIME % 2**64
     numbers = (

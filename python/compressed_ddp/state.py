@@ -15,15 +15,26 @@ from torch import nn
 
 from . import _native
 from .adam import warn_about_momentum_once
+from .arguments import number_of
 from .names import trained_parameters, unwrapped
-from .reference import VALUE_FORMATS
 
 Exempt = str | Iterable[str] | Callable[[str, torch.Tensor], bool]
 
 _STATE_DICT_VERSION = 1
 _SCOPES = ("tensor", "bucket", "chunk")
-_VALUE_FORMATS = tuple(VALUE_FORMATS)
 _EXCHANGES = ("allgather", "split", "dense")
+_FIXED_OPTIONS = frozenset(
+    (
+        "density",
+        "scope",
+        "value_format",
+        "exchange",
+        "error_feedback",
+        "dense_steps",
+        "min_compress_numel",
+        "exempt",
+    )
+)
 
 
 class TopKEFState:
@@ -38,7 +49,10 @@ class TopKEFState:
         scope: "tensor" selects in each parameter by itself, "bucket" in all compressed parameters of a bucket together,
             "chunk" in each 4096 consecutive entries of a parameter (k of the shorter last chunk: max(1, ceil(density * numel))).
         value_format: how selected values travel: "bf16" (2 bytes each), "fp32" (4 bytes), or "sign": 1 bit per value and one mean
-            magnitude per group (what one selection spans). The residual absorbs what is lost.
+            magnitude per group (what one selection spans). The residual absorbs what is lost. Not "sign" with scope="bucket"
+            in models with parameters that may have no gradient: their zeros can be sent as signs, step after step, out of their
+            residual. In every scope "sign" sends zeros of a selection that has fewer than k other entries (padding rows, pruned
+            weights) as the mean, which the residual takes back later.
         exchange: how payloads travel. "allgather": every rank's to every rank; volume grows with the world size. "split": to the
             owners of ranges of the bucket, who average and select once more, and their result to every rank; about two payloads in
             all at any world size, and updates of k entries rather than of up to world_size * k. "dense": not compressed, a plain
@@ -51,7 +65,8 @@ class TopKEFState:
             `(name, parameter) -> bool`. Needs names.
         named_parameters: `model.named_parameters()`, when neither `register` nor `bind` is going to bring the names.
 
-    A step begins when a parameter or name comes a second time. Memory: one fp32 residual per compressed entry.
+    All options but `process_group` are fixed here. A step begins when a parameter or name comes a second time. Memory: one fp32
+    residual per compressed entry.
 
     Raises:
         ValueError, TypeError: an option is outside its accepted range.
@@ -73,10 +88,7 @@ class TopKEFState:
     ) -> None:
         if scope not in _SCOPES:
             raise ValueError(f"TopKEFState: scope must be one of {_SCOPES}, got {scope!r}")
-        if value_format not in _VALUE_FORMATS:
-            raise ValueError(
-                f"TopKEFState: value_format must be one of {_VALUE_FORMATS}, got {value_format!r}"
-            )
+        number_of(value_format, "TopKEFState: ")
         if exchange is not None and exchange not in _EXCHANGES:
             raise ValueError(
                 f"TopKEFState: exchange must be None or one of {_EXCHANGES}, got {exchange!r}"
@@ -91,13 +103,13 @@ class TopKEFState:
                 f"{type(process_group).__name__}; the density is the second argument: TopKEFState(density=0.01)"
             )
         self.process_group = process_group
-        self.density = density if callable(density) else _checked_density(density)
-        self.scope = scope
-        self.value_format = value_format
-        self.exchange = exchange
-        self.error_feedback = error_feedback
-        self.dense_steps = _checked_integer("dense_steps", dense_steps)
-        self.min_compress_numel = _checked_integer("min_compress_numel", min_compress_numel)
+        self._density = density if callable(density) else _checked_density(density)
+        self._scope = scope
+        self._value_format = value_format
+        self._exchange = exchange
+        self._error_feedback = error_feedback
+        self._dense_steps = _checked_integer("dense_steps", dense_steps)
+        self._min_compress_numel = _checked_integer("min_compress_numel", min_compress_numel)
         self._exempt = _exempt_rule(exempt)
         self._loaded_rank: tuple[int, int] | None = (
             None  # rank and world_size of a loaded state, until they are checked
@@ -128,10 +140,55 @@ class TopKEFState:
             f"min_compress_numel={self.min_compress_numel}, step={self.step})"
         )
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _FIXED_OPTIONS:
+            raise AttributeError(
+                f"TopKEFState: {name} cannot be changed after construction, where the engine has taken it; go on with a new state: "
+                f"new = TopKEFState({name}=..) and, for its residuals, new.load_state_dict(state.state_dict()), on every rank"
+            )
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             "TopKEFState cannot be pickled or copied: it belongs to one process and one model; save state.state_dict()"
         )
+
+    # ---- options: fixed, but for process_group until the first step
+
+    @property
+    def density(self) -> float | Callable[[int], float]:
+        """As given to the constructor."""
+        return self._density
+
+    @property
+    def scope(self) -> str:
+        """As given to the constructor."""
+        return self._scope
+
+    @property
+    def value_format(self) -> str:
+        """As given to the constructor."""
+        return self._value_format
+
+    @property
+    def exchange(self) -> str | None:
+        """As given to the constructor."""
+        return self._exchange
+
+    @property
+    def error_feedback(self) -> bool:
+        """As given to the constructor."""
+        return self._error_feedback
+
+    @property
+    def dense_steps(self) -> int:
+        """As given to the constructor."""
+        return self._dense_steps
+
+    @property
+    def min_compress_numel(self) -> int:
+        """As given to the constructor."""
+        return self._min_compress_numel
 
     # ---- names
 

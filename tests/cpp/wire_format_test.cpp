@@ -56,6 +56,18 @@ TEST(WireFormat, HeaderFieldsLieWhereTheDocumentSays) {
   EXPECT_EQ(kFlagNonFinite, 1);
 }
 
+TEST(WireFormat, EveryValueFormatHasANameAndNoOtherNameIsOne) {
+  for (const ValueFormat value_format : testing::kValueFormats) EXPECT_EQ(value_format_of(name_of(value_format)), value_format);
+  for (const char* name : {"fp16", "", "BF16", "bf16 ", "an unknown one"}) {
+    try {
+      value_format_of(name);
+      ADD_FAILURE() << name;
+    } catch (const std::invalid_argument& error) {
+      EXPECT_EQ(error.what(), "value_format must be one of ('fp32', 'bf16', 'sign'), got '" + std::string(name) + "'");
+    }
+  }
+}
+
 // docs/wire_format.md, added up another way.
 int64_t expected_bytes(int64_t numel, int64_t k, int64_t dense_numel, int64_t num_groups, ValueFormat value_format) {
   const auto up = [](int64_t bytes, int64_t multiple) { return (bytes + multiple - 1) / multiple * multiple; };
@@ -131,7 +143,7 @@ TEST(CheckPayload, NamesEveryWrongFieldOfTheHeader) {
   };
   const Layout layout = small_layout();
   const std::vector<Field> fields = {
-      {offsetof(PayloadHeader, magic), "magic: expected 1346651203, got 1346651202"},
+      {offsetof(PayloadHeader, magic), "magic: expected 0x50444443, got 0x50444442"},
       {offsetof(PayloadHeader, version), "wire format version: expected 2, got 3; install the same compressed_ddp on every rank"},
       {offsetof(PayloadHeader, value_format), "value_format: expected fp32, got bf16"},
       {offsetof(PayloadHeader, rank), "rank: expected 3, got 2"},

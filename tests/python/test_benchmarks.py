@@ -90,6 +90,25 @@ def test_resnet50_layout_is_that_of_the_model() -> None:
     assert sorted(bench_stages.resnet50_parameters()) == expected
 
 
+def test_the_smallest_gpt2_has_its_124_million_entries_and_the_last_parameters_come_first() -> None:
+    parameters = bench_stages.gpt2_parameters()
+    assert sum(numel for numel, _ in parameters) == 124_439_808
+    layout = bench_stages.segmentation("gpt2", 5_000_000, 0.01)
+    assert layout.segments[:3] == [768, 768, 768]
+    assert layout.groups[:4] == [-1, -1, -1, 0]
+    assert sum(layout.segments) == 5_000_000
+
+
+def test_what_is_counted_is_written_with_the_machine(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "count.json"
+    options = {"settings": {"n": 1}, "goals": [], "rows": [{"a": 2}], "left": [3]}
+    timing.write_counted("count", "Counted", **options, path=path)
+    written = json.loads(path.read_text())
+    assert list(written) == ["benchmark", "title", "system", "settings", "goals", "rows", "left"]
+    assert (written["settings"], written["rows"]) == ({"n": 1}, [{"a": 2}])
+    assert "processor" in written["system"]
+
+
 def test_the_eager_pipeline_selects_what_the_operator_selects() -> None:
     layout = bench_stages.segmentation("resnet50", 200_000, 0.01)
     gradient, residual = torch.randn(200_000), torch.randn(200_000)

@@ -376,14 +376,19 @@ REFUSALS = {
     ),
     "value-format": (
         ValueError,
-        "decode_apply_: expected value_format to be 'fp32', 'bf16' or 'sign', got 'int8'",
+        "decode_apply_: value_format must be one of ('fp32', 'bf16', 'sign'), got 'int8'",
         {"value_format": "int8"},
+    ),
+    "value-format-none": (
+        ValueError,
+        "decode_apply_: value_format must be one of ('fp32', 'bf16', 'sign'), got None",
+        {"value_format": None},
     ),
 }
 
 
-@pytest.mark.parametrize(("error", "words", "changes"), REFUSALS.values(), ids=REFUSALS.keys())
-def test_wrong_arguments_are_refused_in_words(error, words, changes):
+def refusal_of(stages, error, changes):
+    """The words with which `stages` refuse good arguments with these changes."""
     arguments = {
         "bucket": torch.ones(12),
         "gathered": encoded_by(ops, SMALL, 1),
@@ -391,8 +396,31 @@ def test_wrong_arguments_are_refused_in_words(error, words, changes):
         "groups": SMALL.groups,
         "k": SMALL.k,
     }
-    with pytest.raises(error, match=re.escape(words)):
-        ops.decode_apply_(**(arguments | changes))
+    with pytest.raises(error) as caught:
+        stages.decode_apply_(**(arguments | changes))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("error", "words", "changes"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_wrong_arguments_are_refused_in_words(error, words, changes):
+    native = refusal_of(ops, error, changes)
+    assert words in native
+    if "aligned" not in words:  # the reference copies the bytes first
+        of_reference = refusal_of(reference, error, changes)
+        assert of_reference.split("dtype")[0] == native.split("dtype")[0]  # torch's C++ names
+
+
+@each_value_format
+def test_an_entry_in_a_dense_segment_between_those_of_a_group_is_added_like_any_other(value_format):
+    gathered = encoded_by(ops, BUCKET, 2, value_format=value_format)
+    indices = indices_of(gathered[1], BUCKET, value_format)
+    at = max(e for e, index in enumerate(indices) if index < 300)
+    indices[at] = 320  # of segment 1, which is dense; group 0 has segments 0 and 2
+    write_indices(gathered[1], BUCKET, indices, value_format)
+    buckets = [torch.empty(BUCKET.numel) for _ in range(2)]
+    for stages, bucket in zip((ops, reference), buckets):
+        stages.decode_apply_(bucket, gathered, *BUCKET.arguments, value_format=value_format)
+    assert_same_bits(*buckets)
 
 
 # ---- as a citizen of torch
@@ -409,6 +437,17 @@ def test_opcheck_finds_nothing(dtype, value_format, seed):
             (bucket, encoded_by(ops, layout, 2, seed=seed, **options), *layout.arguments),
             options,
         )
+
+
+def test_the_fake_kernel_refuses_what_the_real_one_refuses():
+    decode_apply_ = torch.ops.compressed_ddp.decode_apply_.default  # not checked in Python first
+    gathered = encoded_by(ops, BUCKET, 2)
+    with FakeTensorMode() as mode:
+        fakes = mode.from_tensor(torch.ones(BUCKET.numel)), mode.from_tensor(gathered)
+        with pytest.raises(ValueError, match="decode_apply_: value_format must be one of"):
+            decode_apply_(*fakes, *BUCKET.arguments, value_format="fp64")
+        with pytest.raises(ValueError, match="decode_apply_: layout: expected one k per group"):
+            decode_apply_(*fakes, BUCKET.segments, BUCKET.groups, [2])
 
 
 @each_value_format

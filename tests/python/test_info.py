@@ -44,6 +44,7 @@ def test_it_says_what_is_installed_and_that_the_stages_agree(info):
     assert values["wire format version"] == str(_C.wire_version)
     assert values["engine"].startswith("CPU and CUDA" if _C.built_with_cuda else "CPU, built")
     assert values["self check"].startswith("passed")
+    assert "values as fp32, bf16 and sign" in values["self check"]
     assert "FAILED" not in info.stdout
 
 

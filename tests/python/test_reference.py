@@ -180,7 +180,7 @@ def test_payload_bytes_equals_the_engines(layout, value_format):
 
 
 def test_a_value_format_that_does_not_exist_is_refused_by_the_reference_too():
-    words = r"expected value_format to be one of \('fp32', 'bf16', 'sign'\), got 'fp8'"
+    words = r"value_format must be one of \('fp32', 'bf16', 'sign'\), got 'fp8'"
     with pytest.raises(ValueError, match=words):
         reference.payload_bytes(*BUCKET.arguments, "fp8")
     gathered = encoded_by(reference, BUCKET, 1)

@@ -15,6 +15,7 @@ from stage_cases import (
     WIDE,
     assert_same_bits,
     each_value_format,
+    indices_of,
     inputs_of,
     sections_of,
     write_indices,
@@ -81,6 +82,19 @@ def test_dense_segments_of_the_residual_are_left_alone(value_format, seed):
     assert_same_bits(residual[300:350], before[300:350])
 
 
+def test_an_entry_in_a_dense_segment_between_those_of_a_group_is_passed_over(seed):
+    _, _, residual, payload = compressed("normal", BUCKET, torch.float32, seed, "fp32")
+    indices = indices_of(payload, BUCKET, "fp32")
+    at = max(e for e, index in enumerate(indices) if index < 300)
+    indices[at] = 320  # of segment 1, which is dense; group 0 has segments 0 and 2
+    write_indices(payload, BUCKET, indices, "fp32")
+    expected, dense = residual.clone(), residual[300:350].clone()
+    ops.restore_(residual, payload, *BUCKET.arguments, value_format="fp32")
+    reference.restore_(expected, payload, *BUCKET.arguments, value_format="fp32")
+    assert_same_bits(residual, expected)
+    assert_same_bits(residual[300:350], dense)
+
+
 # ---- refusals
 
 
@@ -91,6 +105,12 @@ def refused(error, words, residual=None, payload=None, layout=SMALL):
     before = residual.clone()
     with pytest.raises(error, match=re.escape(f"restore_: {words}")):
         ops.restore_(residual, payload, *layout.arguments)
+    assert_same_bits(residual, before)
+    if "aligned" in words:  # the reference copies the bytes first
+        return
+    words = words.partition(" (")[0].partition("dtype")[0]  # without the field; torch's C++ names
+    with pytest.raises(error, match=re.escape(f"restore_: {words}")):
+        reference.restore_(residual, payload, *layout.arguments)
     assert_same_bits(residual, before)
 
 
@@ -117,13 +137,34 @@ def test_a_layout_that_makes_no_sense_is_refused():
     _, _, residual, payload = compressed("normal", SMALL, torch.float32, 0)
     with pytest.raises(ValueError, match=re.escape("restore_: layout: expected one k per group")):
         ops.restore_(residual, payload, SMALL.segments, SMALL.groups, [2])
+    with pytest.raises(ValueError, match=re.escape("restore_: layout: expected one k per group")):
+        reference.restore_(residual, payload, SMALL.segments, SMALL.groups, [2])
+
+
+@each_value_format
+def test_a_payload_of_another_value_format_is_not_added(value_format, seed):
+    _, _, residual, payload = compressed("normal", BUCKET, torch.float32, seed, value_format)
+    before = residual.clone()
+    for other in {"fp32", "bf16", "sign"} - {value_format}:
+        size = ops.payload_bytes(*BUCKET.arguments, other)
+        foreign = torch.zeros(size, dtype=torch.uint8)
+        common = min(size, payload.numel())
+        foreign[:common] = payload[:common]
+        for stages in (ops, reference):
+            with pytest.raises(ValueError, match="restore_: the payload does not fit the layout"):
+                stages.restore_(residual, foreign, *BUCKET.arguments, value_format=other)
+            assert_same_bits(residual, before)
 
 
 def test_a_value_format_that_does_not_exist_is_refused():
     _, _, residual, payload = compressed("normal", SMALL, torch.float32, 0)
-    words = "restore_: expected value_format to be 'fp32', 'bf16' or 'sign', got 'fp64'"
-    with pytest.raises(ValueError, match=words):
-        ops.restore_(residual, payload, *SMALL.arguments, value_format="fp64")
+    for value_format in ("fp64", None):
+        words = (
+            f"restore_: value_format must be one of ('fp32', 'bf16', 'sign'), got {value_format!r}"
+        )
+        for stages in (ops, reference):
+            with pytest.raises(ValueError, match=re.escape(words)):
+                stages.restore_(residual, payload, *SMALL.arguments, value_format=value_format)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +214,17 @@ def test_opcheck_finds_nothing(value_format, seed):
             (residual, payload, *layout.arguments),
             {"value_format": value_format},
         )
+
+
+def test_the_fake_kernel_refuses_what_the_real_one_refuses():
+    _, _, residual, payload = compressed("normal", BUCKET, torch.float32, 0)
+    restore_ = torch.ops.compressed_ddp.restore_.default  # not checked in Python first
+    with FakeTensorMode() as mode:
+        fakes = mode.from_tensor(residual), mode.from_tensor(payload)
+        with pytest.raises(ValueError, match="restore_: value_format must be one of"):
+            restore_(*fakes, *BUCKET.arguments, value_format="fp64")
+        with pytest.raises(ValueError, match="restore_: layout: expected one k per group"):
+            restore_(*fakes, BUCKET.segments, BUCKET.groups, [2])
 
 
 @each_value_format

@@ -89,17 +89,43 @@ def test_a_refused_option_of_exempt_is_shown():
 def test_defaults_are_the_documented_ones():
     state = TopKEFState()
     assert (state.density, state.scope, state.error_feedback) == (0.01, "tensor", True)
-    assert state.value_format == "bf16"
+    assert (state.value_format, state.exchange) == ("bf16", None)
     assert (state.dense_steps, state.min_compress_numel, state.step) == (2, 1024, 0)
     assert repr(state) == (
-        "TopKEFState(density=0.01, scope='tensor', value_format='bf16', error_feedback=True, dense_steps=2, "
-        "min_compress_numel=1024, step=0)"
+        "TopKEFState(density=0.01, scope='tensor', value_format='bf16', exchange=None, error_feedback=True, "
+        "dense_steps=2, min_compress_numel=1024, step=0)"
     )
 
 
 def test_options_but_the_first_two_are_keyword_only():
     with pytest.raises(TypeError):
         TopKEFState(None, 0.01, "tensor")  # type: ignore[misc]
+
+
+FIXED_OPTIONS = {
+    "density": 0.5,
+    "scope": "bucket",
+    "value_format": "sign",
+    "exchange": "split",
+    "error_feedback": False,
+    "dense_steps": 7,
+    "min_compress_numel": 7,
+    "exempt": "embed",
+}
+
+
+@pytest.mark.parametrize(("option", "value"), FIXED_OPTIONS.items(), ids=FIXED_OPTIONS.keys())
+def test_an_option_cannot_be_changed_after_construction_and_the_remedy_is_a_new_state(
+    option, value
+):
+    state = TopKEFState()
+    before = repr(state)
+    words = re.escape(f"TopKEFState: {option} cannot be changed after construction")
+    remedy = re.escape(f"new = TopKEFState({option}=..)")
+    with pytest.raises(AttributeError, match=f"{words}.*{remedy}"):
+        setattr(state, option, value)
+    assert repr(state) == before
+    state.process_group = None  # read at the first step
 
 
 # ---- names

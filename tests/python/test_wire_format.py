@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import struct
 
 import pytest
@@ -182,6 +183,42 @@ def test_the_size_follows_from_layout_k_and_value_format_alone(layout, value_for
     assert sizes == {expected}
 
 
+NO_LAYOUTS = {
+    "groups-missing": ([6, 2], [0], [2]),
+    "negative-numel": ([6, -2], [0, -1], [2]),
+    "too-many-entries": ([2**31 - 1, 1], [0, -1], [2]),
+    "group-left-out": ([6, 2], [0, 2], [2, 1]),
+    "group-comes-back": ([6, 2, 4], [0, 1, 0], [2, 1]),
+    "negative-group": ([6, 2], [0, -2], [2]),
+    "k-missing": ([6, 2], [0, 1], [2]),
+    "k-too-many": ([6, 2], [0, -1], [2, 1]),
+    "k-of-zero": ([6], [0], [0]),
+    "k-beyond": ([6], [0], [7]),
+    "empty-group": ([0], [0], [1]),
+}
+
+
+@pytest.mark.parametrize("layout", NO_LAYOUTS.values(), ids=NO_LAYOUTS.keys())
+def test_no_size_is_told_of_what_the_stages_refuse(layout):
+    with pytest.raises(ValueError, match=r"^layout: ") as native:
+        _C.payload_bytes(*layout, "bf16")
+    with pytest.raises(ValueError, match=r"^layout: ") as in_python:
+        ops.payload_bytes(*layout)
+    assert str(in_python.value) == str(native.value)
+    gradient = torch.zeros(8)
+    for stages in (ops, reference):
+        with pytest.raises(ValueError, match=r"^compensate_select_: layout: ") as of_stage:
+            stages.compensate_select_(gradient, gradient.clone(), *layout)
+        assert str(of_stage.value) == f"compensate_select_: {native.value}"
+
+
+def test_no_size_is_told_of_a_value_format_that_does_not_exist():
+    words = re.escape("value_format must be one of ('fp32', 'bf16', 'sign'), got 'fp16'")
+    for payload_bytes in (_C.payload_bytes, ops.payload_bytes):
+        with pytest.raises(ValueError, match=f"^{words}$"):
+            payload_bytes(*BUCKET.arguments, "fp16")
+
+
 def test_an_entry_costs_9_bits_and_its_value():
     layout = [2**20], [0], [2**14]  # one of 64: numel / (256 * k) is a quarter of a bit
     for value_format, bits in (("fp32", 32), ("bf16", 16), ("sign", 1)):
@@ -230,7 +267,7 @@ def test_payloads_of_the_same_inputs_are_the_same_bytes(layout, value_format, se
 
 # ---- bytes on the network
 
-AGREEMENT_RECORD_BYTES = 216
+AGREEMENT_RECORD_BYTES = 224
 
 
 def bytes_of_each_step(rank: int, world_size: int, value_format: str) -> list[float]:
