@@ -29,6 +29,7 @@ namespace compressed_ddp::testing {
 inline constexpr std::array kGradientTypes = {GradientType::kFloat32, GradientType::kFloat16, GradientType::kBFloat16};
 
 inline constexpr std::array kValueFormats = {ValueFormat::kFloat32, ValueFormat::kBFloat16, ValueFormat::kSign};
+inline constexpr std::array kTypes = {GradientType::kFloat32, GradientType::kFloat16, GradientType::kBFloat16};
 
 inline const char* name_of(GradientType type) {
   constexpr const char* kNames[] = {"float32", "float16", "bfloat16"};

@@ -1,4 +1,4 @@
-// decode_apply_ and restore_ on CUDA against the CPU engine, bit for bit, and against payloads that nobody should send.
+// decode_apply_, restore_ and return_dropped on CUDA against the CPU engine, bit for bit, and against payloads that nobody should send.
 #include <filesystem>
 #include <fstream>
 
@@ -6,8 +6,10 @@
 #include "../testing.h"
 #include "cpu/decode_apply.h"
 #include "cpu/restore.h"
+#include "cpu/return_dropped.h"
 #include "cuda/decode_apply.h"
 #include "cuda/restore.h"
+#include "cuda/return_dropped.h"
 #include "cuda_cases.h"
 
 namespace compressed_ddp {
@@ -328,6 +330,114 @@ TEST(RestoreCuda, EqualsTheCpuEngineBitForBit) {
       DeviceMemory<uint32_t> sent{std::span<const uint32_t>(both)};
       for (const uint32_t* is_sent : {sent.data(), sent.data() + 1}) // not, and then it is
         cuda::restore(plan.device(), {device_payload.data(), table.data(), condition < 0 ? nullptr : device_flag.data(), is_sent}, nullptr);
+      require(cudaStreamSynchronize(nullptr), "restore");
+      EXPECT_TRUE(same_bits(expected, residual.download()));
+    }
+}
+
+// One payload of rank 5 of 9, as the ranges of a split exchange are decoded.
+TEST(DecodeApplyCuda, OnePayloadOfARankInTheMiddleIsDecodedAndNamed) {
+  for (const ValueFormat value_format : kValueFormats) {
+    const Layout layout = Layout::make(Numbers{kDecodeTile + 300, 20}, Numbers{0, -1}, Numbers{60}, value_format);
+    Bytes payload = random_payload(layout, 5, 9, kStep, 59);
+    CudaPlan plan(layout);
+    const auto decode_as = [&](uint32_t rank) {
+      DeviceMemory<uint8_t> payloads{std::span<const uint8_t>(payload)};
+      DeviceMemory<float> bucket(static_cast<size_t>(layout.numel));
+      const std::vector<cuda::DecodeStatus> before(1);
+      DeviceMemory<cuda::DecodeStatus> status{std::span<const cuda::DecodeStatus>(before)};
+      cuda::decode_apply(
+          plan.device(),
+          {payloads.data(), 1, bucket.data(), GradientType::kFloat32, make_header(layout, rank, 9, kStep, false), status.data()}, nullptr);
+      require(cudaStreamSynchronize(nullptr), "decode_apply");
+      return std::pair(bucket.download(), status.download()[0]);
+    };
+    const auto [bucket, status] = decode_as(5);
+    EXPECT_EQ(status.bad_rank, 0u);
+    TypedBuffer expected(GradientType::kFloat32, layout.numel);
+    Entries entries;
+    ASSERT_EQ(decode(layout, payload.data(), 1, kStep, entries, in_one_go, Senders{5, 9}), "");
+    decode_apply(layout, {payload.data(), entries, 1, expected.data(), GradientType::kFloat32}, in_one_go);
+    EXPECT_EQ(std::memcmp(bucket.data(), expected.data(), bucket.size() * sizeof(float)), 0);
+    EXPECT_EQ(decode_as(4).second.bad_rank, 5u); // 1 + the rank that it should have been of
+  }
+}
+
+TEST(NanIfFlaggedCuda, OneFlaggedPayloadMakesTheWholeBucketNan) {
+  const Layout layout = Layout::make(Numbers{100}, Numbers{0}, Numbers{3});
+  const int64_t stride = payload_bytes(layout) + 64;
+  for (const int flagged : {-1, 0, 2})
+    for (const GradientType type : kTypes) {
+      Bytes payloads(static_cast<size_t>(3 * stride));
+      for (int p = 0; p < 3; ++p) {
+        const Bytes one = random_payload(layout, static_cast<uint32_t>(p), 3, kStep, 60, p == flagged);
+        std::copy(one.begin(), one.end(), payloads.begin() + p * stride);
+      }
+      DeviceMemory<uint8_t> device{std::span<const uint8_t>(payloads)};
+      constexpr int64_t kNumel = 3000;
+      TypedBuffer expected(type, std::vector<float>(kNumel, 0.5f));
+      const auto bytes = static_cast<size_t>(kNumel * element_bytes(type));
+      const auto* begin = static_cast<const uint8_t*>(expected.data());
+      DeviceMemory<uint8_t> bucket{std::span<const uint8_t>(begin, bytes)};
+      const std::vector<cuda::DecodeStatus> before(1);
+      DeviceMemory<cuda::DecodeStatus> status{std::span<const cuda::DecodeStatus>(before)};
+      cuda::nan_if_flagged({device.data(), stride, 3, bucket.data(), kNumel, type, status.data()}, nullptr);
+      require(cudaStreamSynchronize(nullptr), "nan_if_flagged");
+      if (flagged >= 0) fill_nan(kNumel, expected.data(), type);
+      const Bytes after = bucket.download();
+      EXPECT_EQ(std::memcmp(after.data(), expected.data(), bytes), 0) << flagged;
+      EXPECT_EQ(status.download()[0].step_is_bad, flagged >= 0 ? 1u : 0u);
+    }
+}
+
+// What a split exchange leaves out: given back, and undone, as on the CPU.
+TEST(ReturnDroppedCuda, EqualsTheCpuEngineBitForBit) {
+  for (const ValueFormat value_format : kValueFormats)
+    for (const GradientType type : kTypes) {
+      SCOPED_TRACE(std::string(name_of(value_format)) + ", seed 61");
+      const Layout layout =
+          Layout::make(Numbers{5000, 40, 6000, 0, 3, 9000}, Numbers{0, -1, 1, -1, 2, 3}, Numbers{50, 60, 1, 700}, value_format);
+      Random random(61);
+      const std::vector<int32_t> indices = random_indices(layout, random);
+      const Bytes payload = payload_of_entries(layout, indices, normal_values(layout.selected_numel, 61), nullptr, 0, 1, kStep);
+      const Entries entries = entries_of(layout, payload.data());
+      std::vector<float> result_values(static_cast<size_t>(layout.numel)), lost = normal_values(layout.numel, 62);
+      for (size_t e = 0; e < entries.indices.size(); e += 3) result_values[static_cast<size_t>(entries.indices[e])] = 0.25f;
+      const TypedBuffer result(type, result_values);
+      const std::vector<float> before = normal_values(layout.numel, 63);
+      const auto words = static_cast<size_t>(layout.selected_numel + 31) / 32;
+
+      CudaPlan plan(layout);
+      DeviceMemory<uint8_t> device_payload{std::span<const uint8_t>(payload)};
+      DeviceMemory<uint8_t> device_result{
+          std::span<const uint8_t>(static_cast<const uint8_t*>(result.data()), static_cast<size_t>(layout.numel * element_bytes(type)))};
+      DeviceMemory<float> residual{std::span<const float>(before)}, device_lost{std::span<const float>(lost)};
+      std::vector<float*> pointers = segment_pointers(layout, residual.data());
+      for (size_t i = 0; i < pointers.size(); ++i)
+        if (layout.segments[i].group == kDenseGroup) pointers[i] = nullptr;
+      DeviceMemory<float*> table{std::span<float* const>(pointers)};
+      const std::vector<uint32_t> both = {0, 1}, none(words);
+      DeviceMemory<uint32_t> flags{std::span<const uint32_t>(both)}, returned{std::span<const uint32_t>(none)};
+
+      std::vector<float> expected = before;
+      std::vector<uint32_t> expected_returned(words);
+      const std::vector<float*> residuals = segment_pointers(layout, expected.data());
+      return_dropped(layout, entries, result.data(), type, residuals.data(), expected_returned.data());
+      for (const uint32_t* is_sent : {flags.data(), flags.data() + 1}) // not, and then it is
+        cuda::return_dropped(plan.device(), {device_payload.data(), device_result.data(), type, table.data(), is_sent, returned.data()},
+                             nullptr);
+      require(cudaStreamSynchronize(nullptr), "return_dropped");
+      EXPECT_TRUE(same_bits(expected, residual.download()));
+      EXPECT_EQ(returned.download(), expected_returned);
+
+      add_lost(layout, entries, lost.data(), 3, residuals.data());
+      for (const uint32_t* condition : {flags.data(), flags.data() + 1}) // not, and then it is
+        cuda::add_lost(plan.device(), {device_payload.data(), device_lost.data(), 3, table.data(), condition, flags.data() + 1}, nullptr);
+      require(cudaStreamSynchronize(nullptr), "add_lost");
+      EXPECT_TRUE(same_bits(expected, residual.download()));
+
+      restore(layout, entries, residuals.data(), expected_returned.data());
+      cuda::restore(plan.device(), {device_payload.data(), table.data(), nullptr, flags.data() + 1, returned.data()}, nullptr);
       require(cudaStreamSynchronize(nullptr), "restore");
       EXPECT_TRUE(same_bits(expected, residual.download()));
     }
