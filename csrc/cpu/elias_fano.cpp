@@ -4,6 +4,8 @@
 #include <bit>
 #include <cstring>
 
+#include "encode_kernels.h"
+
 namespace compressed_ddp {
 namespace {
 
@@ -19,26 +21,16 @@ void clear_high_bits(const PayloadSections& sections, uint8_t* payload) {
 }
 
 void encode_indices(const PayloadSections& sections, const int32_t* indices, Piece piece, uint8_t* payload) {
+  if (piece.begin == piece.end) return;
   auto* directory = reinterpret_cast<uint32_t*>(payload + sections.directory);
   for (int64_t e = piece.begin; e < piece.end; e += kDirectoryStride)
     directory[e / kDirectoryStride] = static_cast<uint32_t>(indices[e]) >> kLowBits;
   uint8_t* low = payload + sections.low;
   for (int64_t e = piece.begin; e < piece.end; ++e) low[e] = static_cast<uint8_t>(indices[e]);
-
-  // A word is gathered in a register, and or-ed in: at its ends a piece shares it with another one.
-  uint64_t* words = high_words(sections, payload);
-  int64_t at = -1;
-  uint64_t word = 0;
-  for (int64_t e = piece.begin; e < piece.end; ++e) {
-    const int64_t bit = (static_cast<uint32_t>(indices[e]) >> kLowBits) + e;
-    if (bit / 64 != at) {
-      if (at >= 0) std::atomic_ref(words[at]).fetch_or(word, std::memory_order_relaxed);
-      at = bit / 64;
-      word = 0;
-    }
-    word |= uint64_t{1} << (bit % 64);
-  }
-  if (at >= 0) std::atomic_ref(words[at]).fetch_or(word, std::memory_order_relaxed);
+  const PieceEnds ends = best_encode().high_bits(indices, piece.begin, piece.end, high_words(sections, payload));
+  // At its ends a piece shares a word with another one.
+  for (const HighWord& end : {ends.first, ends.last})
+    std::atomic_ref(high_words(sections, payload)[end.at]).fetch_or(end.bits, std::memory_order_relaxed);
 }
 
 bool decode_indices(const PayloadSections& sections, const uint8_t* payload, int64_t selected_numel, Piece piece, int32_t* indices) {

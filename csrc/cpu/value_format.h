@@ -7,19 +7,28 @@
 // Every NaN travels as one NaN; of sign values a non-finite bucket travels with scales of zero, so that nothing leaves the residual.
 #pragma once
 
+#include <array>
+#include <bit>
+
 #include "../wire_format.h"
 #include "elias_fano.h"
+#include "float_types.h"
 
 namespace compressed_ddp {
 
-// The scale of one group: mean magnitude of `count` values, Inf and NaN counting as 0. The sum is taken over whole numbers, one per
-// exponent, and these are added in one fixed order (docs/wire_format.md): the same bits wherever and in whatever order it is computed.
-float sign_scale(const float* values, int64_t count);
+// Magnitudes added as whole numbers, one sum per exponent: parts of a group may be added in any order.
+using ExponentSums = std::array<uint64_t, 256>;
+void add_magnitudes(const float* values, int64_t count, ExponentSums& sums);
+
+// The scale of a group of `count` values: their mean magnitude, Inf and NaN counting as 0. The sums are added in one fixed order
+// (docs/wire_format.md): the same bits wherever it is computed.
+float sign_scale(const ExponentSums& sums, int64_t count);
 
 // Writes the values of entries [piece.begin, piece.end); what decoding will not give back goes to `lost` [piece.end - piece.begin]:
 // fl(value - decoded), 0 for non-finite values; nothing with fp32, which loses nothing. Scales are in the payload already. Pieces may be
-// written at the same time.
-void encode_values(const Layout& layout, const PayloadSections& sections, const float* values, Piece piece, uint8_t* payload, float* lost);
+// written at the same time. Returns the sum of lost^2. With bf16 values `lost` may be nullptr.
+double encode_values(const Layout& layout, const PayloadSections& sections, const float* values, Piece piece, uint8_t* payload,
+                     float* lost);
 
 // Reads them back as fp32 into `values` [selected_numel].
 void decode_values(const Layout& layout, const PayloadSections& sections, const uint8_t* payload, Piece piece, float* values);
