@@ -8,7 +8,8 @@
 // fp16): that is reported too, and is the same on every rank.
 //
 // Method: a tile of the bucket that fits the first-level cache is summed in scratch, rank by rank, then scaled and stored once.
-// Indices ascend, so each rank's entries of a tile are one run, found by a cursor.
+// Indices ascend, so each rank's entries of a tile are one run: a cursor on its payload decodes them where they are needed, and no list of
+// all entries is ever written to memory.
 #pragma once
 
 #include <atomic>
@@ -20,8 +21,8 @@
 namespace compressed_ddp {
 
 struct DecodeApplyArguments {
-  const uint8_t* gathered; // [world_size, payload_bytes(layout)]
-  const Entries& entries;  // of it, from decode
+  const uint8_t* gathered; // [world_size, payload_bytes(layout)]; decode has let it pass, and nobody has changed it since
+  const Entries& entries;  // not read
   int64_t world_size;
   void* bucket; // [numel] of `type`, written
   GradientType type;

@@ -1,7 +1,6 @@
 #include "value_format.h"
 
 #include <cmath>
-#include <cstring>
 
 #include "encode_kernels.h"
 
@@ -86,29 +85,6 @@ double encode_values(const Layout& layout, const PayloadSections& sections, cons
     lost_sq += best_encode().lost_by_signs(values + at, end - begin, scale, lost + at);
   });
   return lost_sq;
-}
-
-void decode_values(const Layout& layout, const PayloadSections& sections, const uint8_t* payload, Piece piece, float* values) {
-  const uint8_t* in = payload + sections.values;
-  switch (layout.value_format) {
-    case ValueFormat::kFloat32:
-      std::memcpy(values + piece.begin, in + 4 * piece.begin, static_cast<size_t>(4 * (piece.end - piece.begin)));
-      return;
-    case ValueFormat::kBFloat16: {
-      const auto* coded = reinterpret_cast<const uint16_t*>(in);
-      for (int64_t e = piece.begin; e < piece.end; ++e) values[e] = to_float(BFloat16{coded[e]});
-      return;
-    }
-    case ValueFormat::kSign: {
-      const auto* words = reinterpret_cast<const uint32_t*>(in);
-      const auto* scales = reinterpret_cast<const float*>(payload + sections.scales);
-      for_each_group(layout, scales, piece, [&](int64_t begin, int64_t end, float scale) {
-        for (int64_t e = begin; e < end; ++e)
-          values[e] = std::bit_cast<float>(std::bit_cast<uint32_t>(scale) ^ words[e / 32] >> (e % 32) << 31);
-      });
-      return;
-    }
-  }
 }
 
 } // namespace compressed_ddp

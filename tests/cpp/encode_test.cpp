@@ -43,6 +43,23 @@ TEST(Encode, Fp32EntriesComeBackAsTheyWere) {
   EXPECT_TRUE(same_bits(values, entries.values));
 }
 
+// As decode_apply reads them, from the second tile on with a cursor that was sent there.
+std::vector<int32_t> read_in_tiles(const Layout& layout, const std::vector<uint8_t>& payload, int64_t width) {
+  const PayloadSections sections = payload_sections(layout);
+  std::vector<int32_t> indices;
+  IndexCursor cursor(sections, payload.data(), layout.selected_numel);
+  for (int64_t begin = 0; begin < layout.numel; begin += width) {
+    std::vector<uint16_t> offsets(static_cast<size_t>(width + IndexCursor::kOffsetSlack));
+    IndexCursor sent(sections, payload.data(), layout.selected_numel);
+    sent.go_to_index(begin);
+    EXPECT_EQ(sent.entry(), cursor.entry());
+    const int64_t count = (begin / width % 2 == 0 ? cursor : sent).offsets_below(begin, begin + width, offsets.data());
+    for (int64_t i = 0; i < count; ++i) indices.push_back(static_cast<int32_t>(begin + offsets[static_cast<size_t>(i)]));
+    if (begin / width % 2 != 0) cursor = sent;
+  }
+  return indices;
+}
+
 TEST(Encode, IndicesComeBackWhateverTheirPattern) {
   constexpr uint64_t kSeed = 2;
   SCOPED_TRACE("seed " + std::to_string(kSeed));
@@ -82,6 +99,7 @@ TEST(Encode, IndicesComeBackWhateverTheirPattern) {
         Entries entries;
         ASSERT_EQ(decode_own(layout, payload.data(), entries, cut.parallel_for), "") << cut.name;
         ASSERT_TRUE(same_integers(indices, entries.indices)) << cut.name;
+        for (const int64_t width : {256, 8192, 65536}) ASSERT_TRUE(same_integers(indices, read_in_tiles(layout, payload, width))) << width;
       }
     }
   }

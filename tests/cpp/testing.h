@@ -238,8 +238,7 @@ inline std::string refusal_of(const Layout& layout, const std::vector<uint8_t>& 
 inline std::string refusal_of_one(const Layout& layout, const std::vector<uint8_t>& payload, uint32_t rank, uint32_t world_size,
                                   int64_t step) {
   const std::string problem = check_header(layout, payload.data(), rank, world_size, step);
-  Entries entries;
-  return problem.empty() ? decode_entries(layout, payload.data(), 1, entries, in_one_go).why : problem;
+  return problem.empty() ? check_entries(layout, payload.data(), 1, in_one_go).why : problem;
 }
 
 inline std::vector<uint8_t> random_gathered(const Layout& layout, int64_t world_size, int64_t step, uint64_t seed) {
