@@ -26,7 +26,7 @@ class AllGatherExchange final : public Exchange {
 
   bool finish(int, at::Tensor& gradient) override {
     const Received received{gathered_.const_data_ptr<uint8_t>(), ranks_.world_size, {0, ranks_.world_size}, step_};
-    whole().decode(received);
+    whole().check(received);
     return whole().decode_apply(received, gradient.mutable_data_ptr(), type_);
   }
 

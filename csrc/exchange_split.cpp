@@ -131,7 +131,7 @@ class SplitExchange final : public Exchange {
 
   void select_averages() {
     const Received received{received_.const_data_ptr<uint8_t>(), ranks_.world_size, {0, ranks_.world_size}, step_};
-    own().decode(received);
+    own().check(received);
     own().decode_apply(received, sum_.mutable_data_ptr(), GradientType::kFloat32);
     const std::vector<uint8_t> all_used(owner_->layout().segments.size());
     owner_->compensate_select_and_encode(sum_.const_data_ptr(), GradientType::kFloat32, all_used, {ranks_.rank, ranks_.world_size, step_},
@@ -149,7 +149,7 @@ class SplitExchange final : public Exchange {
     };
     // All before the first is applied: nothing is written if one is not what it should be.
     for (size_t o = 0; o < stages_.size(); ++o)
-      if (stages_[o] != nullptr) stages_[o]->decode(received_from(o));
+      if (stages_[o] != nullptr) stages_[o]->check(received_from(o));
     bool bad = false;
     for (size_t o = 0; o < stages_.size(); ++o)
       if (stages_[o] != nullptr) bad = stages_[o]->decode_apply(received_from(o), part_of(gradient, o), type_) || bad;

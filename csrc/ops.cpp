@@ -74,7 +74,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> compensate_select_cpu(const at::T
   return {values, indices, statistics};
 }
 
-void check_payloads(const char* op, const char* argument, const at::Tensor& payloads) {
+void check_bytes(const char* op, const char* argument, const at::Tensor& payloads) {
   check_type(op, argument, payloads, at::kByte);
   TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(payloads.const_data_ptr()) % alignof(uint64_t) == 0, op, ": expected ", argument,
                     " to be aligned to 8 bytes; clone() it");
@@ -134,14 +134,13 @@ void decode_apply_cpu(at::Tensor& bucket, const at::Tensor& gathered, at::IntArr
   constexpr auto op = "decode_apply_";
   const Layout layout = make_layout(op, segments, groups, k, value_format);
   check_flat(op, "bucket", bucket, layout.numel);
-  check_payloads(op, "gathered", gathered);
+  check_bytes(op, "gathered", gathered);
   TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.is_contiguous() && gathered.size(0) >= 1 && gathered.size(1) == payload_bytes(layout),
                     op, ": expected gathered to be contiguous [world_size, ", payload_bytes(layout), "], got ", gathered.sizes());
   const auto* bytes = gathered.const_data_ptr<uint8_t>();
-  static thread_local Entries entries; // kept, as the engine keeps its own
-  const std::string problem = decode(layout, bytes, gathered.size(0), step, entries, torch_parallel_for);
+  const std::string problem = check_payloads(layout, bytes, gathered.size(0), {0, gathered.size(0)}, step, torch_parallel_for);
   TORCH_CHECK_VALUE(problem.empty(), op, ": ", problem, "; the bucket is unchanged");
-  decode_apply(layout, {bytes, entries, gathered.size(0), bucket.mutable_data_ptr(), gradient_type(bucket)}, torch_parallel_for);
+  decode_apply(layout, {bytes, gathered.size(0), bucket.mutable_data_ptr(), gradient_type(bucket)}, torch_parallel_for);
 }
 
 void restore_cpu(at::Tensor& residual, const at::Tensor& payload, at::IntArrayRef segments, at::IntArrayRef groups, at::IntArrayRef k,
@@ -150,7 +149,7 @@ void restore_cpu(at::Tensor& residual, const at::Tensor& payload, at::IntArrayRe
   const Layout layout = make_layout(op, segments, groups, k, value_format);
   check_flat(op, "residual", residual, layout.numel);
   check_type(op, "residual", residual, at::kFloat);
-  check_payloads(op, "payload", payload);
+  check_bytes(op, "payload", payload);
   TORCH_CHECK_VALUE(payload.dim() == 1 && payload.is_contiguous() && payload.numel() == payload_bytes(layout), op,
                     ": expected payload to be flat and contiguous with ", payload_bytes(layout), " bytes, got ", payload.sizes());
   Entries entries;

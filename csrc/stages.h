@@ -48,10 +48,10 @@ class Stages {
   // its entries are missing from the residual until restore or forget_sent.
   virtual StageSums compensate_select_and_encode(const void* gradient, GradientType type, const std::vector<uint8_t>& unused, Sender sender,
                                                  uint8_t* payload) = 0;
-  // Stage 4 in two halves. decode throws, and nothing has been written, when a payload is not what it should be (on a device: nothing,
+  // Stage 4 in two halves. check throws, and nothing has been written, when a payload is not what it should be (on a device: never,
   // decode_apply writes NaN and reports). decode_apply writes `bucket` [numel] of `type`; returns whether it is non-finite somewhere (on a
   // device: false, the report knows).
-  virtual void decode(const Received& received) = 0;
+  virtual void check(const Received& received) = 0;
   virtual bool decode_apply(const Received& received, void* bucket, GradientType type) = 0;
 
   // Entries of the payload that `bucket`, the result, does not hold go back to the residual (cpu/return_dropped.h). Returns their sum of

@@ -41,14 +41,14 @@ StageSums StagesCpu::compensate_select_and_encode(const void* gradient, Gradient
   return {selected.gradient_sq + dense.gradient_sq, selected.residual_sq + lost_sq, selected.sent_sq - lost_sq};
 }
 
-void StagesCpu::decode(const Received& received) {
+void StagesCpu::check(const Received& received) {
   const std::string problem =
-      compressed_ddp::decode(layout(), received.payloads, received.count, received.step, received_, torch_parallel_for, received.senders);
+      check_payloads(layout(), received.payloads, received.count, received.senders, received.step, torch_parallel_for);
   if (!problem.empty()) throw std::runtime_error(problem);
 }
 
 bool StagesCpu::decode_apply(const Received& received, void* bucket, GradientType type) {
-  return compressed_ddp::decode_apply(layout(), {received.payloads, received_, received.count, bucket, type}, torch_parallel_for);
+  return compressed_ddp::decode_apply(layout(), {received.payloads, received.count, bucket, type}, torch_parallel_for);
 }
 
 Entries StagesCpu::entries_of(const uint8_t* payload) const {

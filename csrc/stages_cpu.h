@@ -19,7 +19,7 @@ class StagesCpu final : public Stages {
 
   StageSums compensate_select_and_encode(const void* gradient, GradientType type, const std::vector<uint8_t>& unused, Sender sender,
                                          uint8_t* payload) override;
-  void decode(const Received& received) override;
+  void check(const Received& received) override;
   bool decode_apply(const Received& received, void* bucket, GradientType type) override;
   double return_dropped(const uint8_t* payload, const void* bucket, GradientType type) override;
   void add_lost(const uint8_t* payload, const float* lost, float factor, const uint32_t* condition) override;
@@ -33,7 +33,6 @@ class StagesCpu final : public Stages {
   CompensateSelect compensate_select_;
   std::unique_ptr<SelectScratch> own_scratch_;
   SelectScratch* scratch_;
-  Entries received_;
   std::vector<uint32_t> returned_; // bits, of the last payload; empty without may_drop
   bool sent_ = false;              // the last payload holds entries that are missing from the residual
 };

@@ -21,7 +21,7 @@ class StagesDevice final : public Stages {
   // Waits when `unused` is not what it was before.
   StageSums compensate_select_and_encode(const void* gradient, GradientType type, const std::vector<uint8_t>& unused, Sender sender,
                                          uint8_t* payload) override;
-  void decode(const Received&) override {}
+  void check(const Received&) override {}
   bool decode_apply(const Received& received, void* bucket, GradientType type) override;
   double return_dropped(const uint8_t* payload, const void* bucket, GradientType type) override;
   void add_lost(const uint8_t* payload, const float* lost, float factor, const uint32_t* condition) override;

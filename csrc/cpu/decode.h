@@ -1,4 +1,5 @@
-// The selected entries of payloads as plain lists again, checked: what decode_apply and restore begin with. Torch-free.
+// Checks the payloads of all ranks before anything is made of them, and expands a checked one to plain lists. decode_apply needs no lists:
+// it reads the checked bytes once more, tile by tile. Torch-free.
 //
 // Payloads are untrusted: no byte of one can make this read or write outside its buffers, and what it lets pass has strictly ascending
 // indices, each inside the span of its group.
@@ -14,14 +15,16 @@
 
 namespace compressed_ddp {
 
-struct Entries { // of world_size payloads, one after another
+struct Entries { // of one payload
   std::vector<int32_t> indices;
   std::vector<float> values;
 };
 
-// Of indices [selected_numel] whose pieces ascend: that they ascend from piece to piece, and that every group's lie in the group's span.
-// Empty, or one line that says where not.
+// Of strictly ascending indices [selected_numel]: that every group's lie in the group's span. Empty, or one line that says where not.
 std::string check_groups(const Layout& layout, const int32_t* indices);
+// The same of a payload whose indices check_indices has found right: the first group that is wrong, -1 when none is.
+int64_t first_wrong_group(const Layout& layout, const uint8_t* payload);
+std::string describe_wrong_group(const Layout& layout, int64_t group);
 
 struct Refusal {
   int64_t payload; // the first that is wrong
@@ -30,28 +33,27 @@ struct Refusal {
 
 // Of payloads whose headers are right. parallel_for as in compensate_select.h.
 template <typename ParallelFor>
-Refusal decode_entries(const Layout& layout, const uint8_t* payloads, int64_t num_payloads, Entries& entries, ParallelFor&& parallel_for) {
+Refusal check_entries(const Layout& layout, const uint8_t* payloads, int64_t num_payloads, ParallelFor&& parallel_for) {
   const PayloadSections sections = payload_sections(layout);
-  const auto numel = static_cast<size_t>(num_payloads * layout.selected_numel);
-  entries.indices.resize(numel);
-  entries.values.resize(numel);
   const int64_t pieces = num_pieces(layout);
-  std::vector<uint8_t> wrong(static_cast<size_t>(num_payloads)); // some piece of it is
+  constexpr int64_t kRight = -1, kWrongIndices = -2; // or the first group that is wrong
+  std::vector<int64_t> found(static_cast<size_t>(num_payloads), kRight);
   parallel_for(num_payloads * pieces, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t p = i / pieces;
-      const uint8_t* payload = payloads + p * sections.payload_bytes;
-      const Piece piece = piece_of(layout, i % pieces);
-      if (decode_indices(sections, payload, layout.selected_numel, piece, entries.indices.data() + p * layout.selected_numel))
-        decode_values(layout, sections, payload, piece, entries.values.data() + p * layout.selected_numel);
-      else
-        std::atomic_ref(wrong[static_cast<size_t>(p)]).store(1, std::memory_order_relaxed);
+      if (!check_indices(sections, payloads + p * sections.payload_bytes, layout.selected_numel, piece_of(layout, i % pieces)))
+        std::atomic_ref(found[static_cast<size_t>(p)]).store(kWrongIndices, std::memory_order_relaxed);
     }
   });
+  parallel_for(num_payloads, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      if (found[static_cast<size_t>(p)] == kRight)
+        found[static_cast<size_t>(p)] = first_wrong_group(layout, payloads + p * sections.payload_bytes);
+  });
   for (int64_t p = 0; p < num_payloads; ++p) {
-    if (wrong[static_cast<size_t>(p)] != 0) return {p, "its index bits are no strictly ascending indices"};
-    std::string problem = check_groups(layout, entries.indices.data() + p * layout.selected_numel);
-    if (!problem.empty()) return {p, std::move(problem)};
+    const int64_t result = found[static_cast<size_t>(p)];
+    if (result == kWrongIndices) return {p, "its index bits are no strictly ascending indices"};
+    if (result != kRight) return {p, describe_wrong_group(layout, result)};
   }
   return {0, {}};
 }
@@ -62,33 +64,37 @@ struct Senders { // of payloads that lie one after another: ranks first_rank, fi
 };
 
 // `count` payloads [count, payload_bytes(layout)], aligned to 8. Empty, or one line that names the first rank whose payload is not what
-// this rank expects, and why; `entries` mean nothing then.
+// this rank expects, and why. Then nothing may be made of any of them.
 template <typename ParallelFor>
-std::string decode(const Layout& layout, const uint8_t* payloads, int64_t count, int64_t step, Entries& entries, ParallelFor&& parallel_for,
-                   Senders senders) {
+std::string check_payloads(const Layout& layout, const uint8_t* payloads, int64_t count, Senders senders, int64_t step,
+                           ParallelFor&& parallel_for) {
   Refusal refusal{0, {}};
   for (int64_t p = 0; p < count && refusal.why.empty(); ++p)
     refusal = {p, check_header(layout, payloads + p * payload_bytes(layout), static_cast<uint32_t>(senders.first_rank + p),
                                static_cast<uint32_t>(senders.world_size), step)};
-  if (refusal.why.empty()) refusal = decode_entries(layout, payloads, count, entries, parallel_for);
+  if (refusal.why.empty()) refusal = check_entries(layout, payloads, count, parallel_for);
   if (refusal.why.empty()) return {};
   return "the payload of rank " + std::to_string(senders.first_rank + refusal.payload) + " is not what this rank expects (" + refusal.why +
          ")";
 }
 
-// The payloads of all ranks of a group.
-template <typename ParallelFor>
-std::string decode(const Layout& layout, const uint8_t* gathered, int64_t world_size, int64_t step, Entries& entries,
-                   ParallelFor&& parallel_for) {
-  return decode(layout, gathered, world_size, step, entries, parallel_for, Senders{0, world_size});
-}
+// One piece of a checked payload to its place in the lists [selected_numel].
+void expand_piece(const Layout& layout, const uint8_t* payload, Piece piece, Entries& entries);
 
-// One payload, whichever rank and step it says it is of. Empty, or one line that says what is wrong with it.
+// One payload, whichever rank and step it says it is of, as lists. Empty, or one line that says what is wrong with it; `entries` mean
+// nothing then.
 template <typename ParallelFor>
 std::string decode_own(const Layout& layout, const uint8_t* payload, Entries& entries, ParallelFor&& parallel_for) {
   const PayloadHeader header = read_header(payload);
-  const std::string problem = check_header(layout, payload, header.rank, header.world_size, header.step);
-  return problem.empty() ? decode_entries(layout, payload, 1, entries, parallel_for).why : problem;
+  std::string problem = check_header(layout, payload, header.rank, header.world_size, header.step);
+  if (problem.empty()) problem = check_entries(layout, payload, 1, parallel_for).why;
+  if (!problem.empty()) return problem;
+  entries.indices.resize(static_cast<size_t>(layout.selected_numel));
+  entries.values.resize(static_cast<size_t>(layout.selected_numel));
+  parallel_for(num_pieces(layout), [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) expand_piece(layout, payload, piece_of(layout, piece), entries);
+  });
+  return {};
 }
 
 } // namespace compressed_ddp

@@ -1,6 +1,7 @@
 #include "decode_apply.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <vector>
 
@@ -81,18 +82,40 @@ float scale_and_store(float* sums, int64_t numel, float scale, gradient_t* out, 
   return zero;
 }
 
-template <typename gradient_t>
+using TileOffsets = std::array<uint16_t, kTileNumel + IndexCursor::kOffsetSlack>;
+
+// The entries of one rank, added to tiles, one after another.
+template <ValueFormat format>
+class RankEntries {
+ public:
+  RankEntries(const Layout& layout, const PayloadSections& sections, const uint8_t* payload, int64_t first_index)
+      : cursor_(sections, payload, layout.selected_numel), values_(layout, sections, payload) {
+    cursor_.go_to_index(first_index);
+  }
+  void add_to(float* sums, int64_t tile_begin, TileOffsets& offsets) {
+    const int64_t first = cursor_.entry();
+    // The last tile may end behind the bucket, where no index lies.
+    const int64_t count = cursor_.offsets_below(tile_begin, tile_begin + kTileNumel, offsets.data());
+    const uint16_t* offset = offsets.data();
+    for_each_value(values_, first, first + count, [&](int64_t, float value) { sums[*offset++] += value; });
+  }
+
+ private:
+  IndexCursor cursor_;
+  ValueReader<format> values_;
+};
+
+template <typename gradient_t, ValueFormat format>
 bool decode_apply_typed(const Layout& layout, const DecodeApplyArguments& a, int64_t begin, int64_t end) {
   const PayloadSections sections = payload_sections(layout);
-  const float scale = 1.0f / static_cast<float>(a.world_size);
+  const float scale = 1.0f / static_cast<float>(a.count);
   const bool stream = layout.numel * static_cast<int64_t>(sizeof(gradient_t)) >= kStreamBytes;
   auto* bucket = static_cast<gradient_t*>(a.bucket);
 
-  std::vector<int64_t> cursor(static_cast<size_t>(a.world_size)); // next entry of each rank
-  for (int64_t rank = 0; rank < a.world_size; ++rank) {
-    const int32_t* indices = a.entries.indices.data() + rank * layout.selected_numel;
-    cursor[static_cast<size_t>(rank)] = std::lower_bound(indices, indices + layout.selected_numel, begin * kTileNumel) - indices;
-  }
+  std::vector<RankEntries<format>> entries; // of each rank, from the first tile on
+  entries.reserve(static_cast<size_t>(a.count));
+  for (int64_t rank = 0; rank < a.count; ++rank)
+    entries.emplace_back(layout, sections, a.payloads + rank * sections.payload_bytes, begin * kTileNumel);
   std::vector<const Segment*> dense; // segments from the first tile on
   for (const Segment& segment : layout.segments)
     if (segment.group == kDenseGroup && segment.numel > 0 && segment.offset + segment.numel > begin * kTileNumel &&
@@ -102,17 +125,14 @@ bool decode_apply_typed(const Layout& layout, const DecodeApplyArguments& a, int
   size_t first_dense = 0;
   float zero = 0; // NaN once a result is not finite
   alignas(64) float sums[kTileNumel] = {};
+  TileOffsets offsets; // of one rank in one tile
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t tile_begin = tile * kTileNumel;
     const int64_t tile_end = std::min(tile_begin + kTileNumel, layout.numel);
     while (first_dense < dense.size() && dense[first_dense]->offset + dense[first_dense]->numel <= tile_begin) ++first_dense;
-    for (int64_t rank = 0; rank < a.world_size; ++rank) {
-      const int32_t* indices = a.entries.indices.data() + rank * layout.selected_numel;
-      const float* values = a.entries.values.data() + rank * layout.selected_numel;
-      int64_t entry = cursor[static_cast<size_t>(rank)];
-      for (; entry < layout.selected_numel && indices[entry] < tile_end; ++entry) sums[indices[entry] - tile_begin] += values[entry];
-      cursor[static_cast<size_t>(rank)] = entry;
-      const auto* dense_values = reinterpret_cast<const float*>(a.gathered + rank * sections.payload_bytes + sections.dense);
+    for (int64_t rank = 0; rank < a.count; ++rank) {
+      entries[static_cast<size_t>(rank)].add_to(sums, tile_begin, offsets);
+      const auto* dense_values = reinterpret_cast<const float*>(a.payloads + rank * sections.payload_bytes + sections.dense);
       for (size_t s = first_dense; s < dense.size() && dense[s]->offset < tile_end; ++s) {
         const int64_t from = std::max(dense[s]->offset, tile_begin);
         const int64_t to = std::min(dense[s]->offset + dense[s]->numel, tile_end);
@@ -130,9 +150,9 @@ bool decode_apply_typed(const Layout& layout, const DecodeApplyArguments& a, int
 
 } // namespace
 
-bool any_non_finite(const Layout& layout, const uint8_t* gathered, int64_t world_size) {
-  for (int64_t rank = 0; rank < world_size; ++rank)
-    if ((read_header(gathered + rank * payload_bytes(layout)).flags & kFlagNonFinite) != 0) return true;
+bool any_non_finite(const Layout& layout, const uint8_t* payloads, int64_t count) {
+  for (int64_t p = 0; p < count; ++p)
+    if ((read_header(payloads + p * payload_bytes(layout)).flags & kFlagNonFinite) != 0) return true;
   return false;
 }
 
@@ -140,14 +160,17 @@ int64_t num_decode_tiles(const Layout& layout) { return (layout.numel + kTileNum
 
 bool decode_apply_tiles(const Layout& layout, const DecodeApplyArguments& arguments, int64_t begin, int64_t end) {
   [[maybe_unused]] const KeepDenormals keep_denormals;
-  switch (arguments.type) {
-    case GradientType::kFloat32:
-      return decode_apply_typed<float>(layout, arguments, begin, end);
-    case GradientType::kFloat16:
-      return decode_apply_typed<Float16>(layout, arguments, begin, end);
-    default:
-      return decode_apply_typed<BFloat16>(layout, arguments, begin, end);
-  }
+  return with_gradient_type(arguments.type, [&](auto gradient) {
+    using gradient_t = decltype(gradient);
+    switch (layout.value_format) {
+      case ValueFormat::kFloat32:
+        return decode_apply_typed<gradient_t, ValueFormat::kFloat32>(layout, arguments, begin, end);
+      case ValueFormat::kBFloat16:
+        return decode_apply_typed<gradient_t, ValueFormat::kBFloat16>(layout, arguments, begin, end);
+      default:
+        return decode_apply_typed<gradient_t, ValueFormat::kSign>(layout, arguments, begin, end);
+    }
+  });
 }
 
 void fill_nan(int64_t numel, void* bucket, GradientType type) {

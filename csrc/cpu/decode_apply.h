@@ -8,7 +8,8 @@
 // fp16): that is reported too, and is the same on every rank.
 //
 // Method: a tile of the bucket that fits the first-level cache is summed in scratch, rank by rank, then scaled and stored once.
-// Indices ascend, so each rank's entries of a tile are one run, found by a cursor.
+// Indices ascend, so each rank's entries of a tile are one run: a cursor on its payload decodes them where they are needed, and no list of
+// all entries is ever written to memory.
 #pragma once
 
 #include <atomic>
@@ -20,15 +21,14 @@
 namespace compressed_ddp {
 
 struct DecodeApplyArguments {
-  const uint8_t* gathered; // [world_size, payload_bytes(layout)]
-  const Entries& entries;  // of it, from decode
-  int64_t world_size;
-  void* bucket; // [numel] of `type`, written
+  const uint8_t* payloads; // [count, payload_bytes(layout)]; check_payloads has let them pass, and nobody has changed them since
+  int64_t count;           // of ranks: the sum is multiplied by fp32(1 / count)
+  void* bucket;            // [numel] of `type`, written
   GradientType type;
 };
 
 // True when some rank flagged a non-finite entry.
-bool any_non_finite(const Layout& layout, const uint8_t* gathered, int64_t world_size);
+bool any_non_finite(const Layout& layout, const uint8_t* payloads, int64_t count);
 
 int64_t num_decode_tiles(const Layout& layout);
 
@@ -41,7 +41,7 @@ void fill_nan(int64_t numel, void* bucket, GradientType type);
 // parallel_for as in compensate_select.h. Returns whether the bucket holds a non-finite result.
 template <typename ParallelFor>
 bool decode_apply(const Layout& layout, const DecodeApplyArguments& arguments, ParallelFor&& parallel_for) {
-  if (any_non_finite(layout, arguments.gathered, arguments.world_size)) {
+  if (any_non_finite(layout, arguments.payloads, arguments.count)) {
     fill_nan(layout.numel, arguments.bucket, arguments.type);
     return true;
   }

@@ -4,8 +4,6 @@
 #include <bit>
 #include <cstring>
 
-#include "value_format.h"
-
 namespace compressed_ddp {
 namespace {
 
@@ -45,12 +43,9 @@ EncodeStatistics encode_dense(const Layout& layout, const void* gradient, Gradie
       type, [&](auto of_type) { return copy_dense(layout, static_cast<const decltype(of_type)*>(gradient), unused, dense); });
 }
 
-void encode_scales(const Layout& layout, const EncodeSelectedArguments& a, int64_t begin, int64_t end) {
+void encode_scale(const Layout& layout, const EncodeSelectedArguments& a, int64_t g, const ExponentSums& sums) {
   auto* scales = reinterpret_cast<float*>(a.payload + payload_sections(layout).scales);
-  for (int64_t g = begin; g < end; ++g) {
-    const Group& group = layout.groups[static_cast<size_t>(g)];
-    scales[g] = a.non_finite ? 0.0f : sign_scale(a.values + group.entry_offset, group.k);
-  }
+  scales[g] = a.non_finite ? 0.0f : sign_scale(sums, layout.groups[static_cast<size_t>(g)].k);
 }
 
 double encode_piece(const Layout& layout, const EncodeSelectedArguments& a, int64_t index) {
@@ -58,18 +53,17 @@ double encode_piece(const Layout& layout, const EncodeSelectedArguments& a, int6
   const Piece piece = piece_of(layout, index);
   encode_indices(sections, a.indices, piece, a.payload);
   alignas(64) float lost[kPieceNumel];
-  encode_values(layout, sections, a.values, piece, a.payload, lost);
-  if (layout.value_format == ValueFormat::kFloat32) return 0;
-  double lost_sq = 0;
-  for (int64_t i = 0; i < piece.end - piece.begin; ++i) lost_sq += static_cast<double>(lost[i]) * lost[i];
-  if (a.residuals == nullptr) return lost_sq;
+  const bool is_wanted = a.residuals != nullptr || layout.value_format == ValueFormat::kSign;
+  const double lost_sq = encode_values(layout, sections, a.values, piece, a.payload, is_wanted ? lost : nullptr);
+  if (a.residuals == nullptr || layout.value_format == ValueFormat::kFloat32) return lost_sq;
   auto segment = std::upper_bound(layout.segments.begin(), layout.segments.end(), int64_t{a.indices[piece.begin]},
                                   [](int64_t i, const Segment& s) { return i < s.offset; }) -
                  1; // of segments that begin there, the last: those before are empty
-  for (int64_t e = piece.begin; e < piece.end; ++e) {
-    while (a.indices[e] >= segment->offset + segment->numel) ++segment;
-    float& residual = a.residuals[segment - layout.segments.begin()][a.indices[e] - segment->offset];
-    if (lost[e - piece.begin] != 0) residual += lost[e - piece.begin];
+  for (int64_t e = piece.begin; e < piece.end; ++segment) {
+    float* residual = a.residuals[segment - layout.segments.begin()];
+    const int64_t end = segment->offset + segment->numel;
+    for (; e < piece.end && a.indices[e] < end; ++e)
+      if (lost[e - piece.begin] != 0) residual[a.indices[e] - segment->offset] += lost[e - piece.begin];
   }
   return lost_sq;
 }

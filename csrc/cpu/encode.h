@@ -4,11 +4,13 @@
 // difference is not 0. compensate_select has left 0 there, so that fp32 and bf16 values lose nothing at all.
 #pragma once
 
-#include <vector>
+#include <algorithm>
+#include <array>
 
 #include "../wire_format.h"
 #include "elias_fano.h"
 #include "float_types.h"
+#include "value_format.h"
 
 namespace compressed_ddp {
 
@@ -29,26 +31,60 @@ struct EncodeSelectedArguments {
   uint8_t* payload;
 };
 
-// The two halves of encode_selected below: scales of groups [begin, end), then one piece of the entries, which returns its |lost|^2.
-void encode_scales(const Layout& layout, const EncodeSelectedArguments& arguments, int64_t begin, int64_t end);
+// The parts of encode_selected below: the scale of one group from the sum of its magnitudes, and one piece of the entries, which returns
+// its |lost|^2.
+void encode_scale(const Layout& layout, const EncodeSelectedArguments& arguments, int64_t group, const ExponentSums& sums);
 double encode_piece(const Layout& layout, const EncodeSelectedArguments& arguments, int64_t piece);
 
 // Writes the header and clears what lies between the sections. Last, because only now is it known whether anything is non-finite.
 void encode_header(const Layout& layout, uint32_t rank, uint32_t world_size, int64_t step, bool non_finite, uint8_t* payload);
 
-// Writes the selected entries into their place in `payload`. parallel_for as in compensate_select.h. Returns the sum of lost^2.
+// The scales of sign values. A group that is larger than a piece is added up in parts: scope "bucket" has one group only.
+template <typename ParallelFor>
+void encode_scales(const Layout& layout, const EncodeSelectedArguments& arguments, ParallelFor&& parallel_for) {
+  constexpr int64_t kParts = 16; // of 2 KiB each
+  parallel_for(static_cast<int64_t>(layout.groups.size()), [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const Group& group = layout.groups[static_cast<size_t>(g)];
+      if (group.k > kPieceNumel) continue;
+      ExponentSums sums{};
+      add_magnitudes(arguments.values + group.entry_offset, group.k, sums);
+      encode_scale(layout, arguments, g, sums);
+    }
+  });
+  for (size_t g = 0; g < layout.groups.size(); ++g) {
+    const Group& group = layout.groups[g];
+    if (group.k <= kPieceNumel) continue;
+    std::array<ExponentSums, kParts> parts{};
+    parallel_for(kParts, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t from = group.k * p / kParts, to = group.k * (p + 1) / kParts;
+        add_magnitudes(arguments.values + group.entry_offset + from, to - from, parts[static_cast<size_t>(p)]);
+      }
+    });
+    for (size_t p = 1; p < parts.size(); ++p)
+      for (size_t e = 0; e < parts[p].size(); ++e) parts[0][e] += parts[p][e];
+    encode_scale(layout, arguments, static_cast<int64_t>(g), parts[0]);
+  }
+}
+
+// Writes the selected entries into their place in `payload`. parallel_for as in compensate_select.h. Returns the sum of lost^2. Allocates
+// nothing: selection has taken the entries out of the residual, and an exception here would lose them.
 template <typename ParallelFor>
 double encode_selected(const Layout& layout, const EncodeSelectedArguments& arguments, ParallelFor&& parallel_for) {
   clear_high_bits(payload_sections(layout), arguments.payload);
-  if (layout.value_format == ValueFormat::kSign)
-    parallel_for(static_cast<int64_t>(layout.groups.size()),
-                 [&](int64_t begin, int64_t end) { encode_scales(layout, arguments, begin, end); });
-  std::vector<double> lost_sq(static_cast<size_t>(num_pieces(layout)));
-  parallel_for(num_pieces(layout), [&](int64_t begin, int64_t end) {
-    for (int64_t piece = begin; piece < end; ++piece) lost_sq[static_cast<size_t>(piece)] = encode_piece(layout, arguments, piece);
+  if (layout.value_format == ValueFormat::kSign) encode_scales(layout, arguments, parallel_for);
+  // Runs of pieces have a sum each, so that the result does not depend on the number of threads.
+  constexpr int64_t kRuns = 256;
+  std::array<double, kRuns> lost_sq{};
+  const int64_t pieces = num_pieces(layout), runs = std::min(kRuns, pieces);
+  parallel_for(runs, [&](int64_t begin, int64_t end) {
+    for (int64_t run = begin; run < end; ++run)
+      for (int64_t piece = pieces * run / runs; piece < pieces * (run + 1) / runs; ++piece)
+        lost_sq[static_cast<size_t>(run)] += encode_piece(layout, arguments, piece);
   });
   double sum = 0;
-  for (const double of_piece : lost_sq) sum += of_piece;
+  for (const double of_run : lost_sq) sum += of_run;
   return sum;
 }
 

@@ -7,21 +7,108 @@
 // Every NaN travels as one NaN; of sign values a non-finite bucket travels with scales of zero, so that nothing leaves the residual.
 #pragma once
 
+#include <array>
+#include <bit>
+#include <limits>
+#include <span>
+
 #include "../wire_format.h"
 #include "elias_fano.h"
+#include "float_types.h"
 
 namespace compressed_ddp {
 
-// The scale of one group: mean magnitude of `count` values, Inf and NaN counting as 0. The sum is taken over whole numbers, one per
-// exponent, and these are added in one fixed order (docs/wire_format.md): the same bits wherever and in whatever order it is computed.
-float sign_scale(const float* values, int64_t count);
+// Magnitudes added as whole numbers, one sum per exponent: parts of a group may be added in any order.
+using ExponentSums = std::array<uint64_t, 256>;
+void add_magnitudes(const float* values, int64_t count, ExponentSums& sums);
+
+// The scale of a group of `count` values: their mean magnitude, Inf and NaN counting as 0. The sums are added in one fixed order
+// (docs/wire_format.md): the same bits wherever it is computed.
+float sign_scale(const ExponentSums& sums, int64_t count);
 
 // Writes the values of entries [piece.begin, piece.end); what decoding will not give back goes to `lost` [piece.end - piece.begin]:
 // fl(value - decoded), 0 for non-finite values; nothing with fp32, which loses nothing. Scales are in the payload already. Pieces may be
-// written at the same time.
-void encode_values(const Layout& layout, const PayloadSections& sections, const float* values, Piece piece, uint8_t* payload, float* lost);
+// written at the same time. Returns the sum of lost^2. With bf16 values `lost` may be nullptr.
+double encode_values(const Layout& layout, const PayloadSections& sections, const float* values, Piece piece, uint8_t* payload,
+                     float* lost);
 
-// Reads them back as fp32 into `values` [selected_numel].
-void decode_values(const Layout& layout, const PayloadSections& sections, const uint8_t* payload, Piece piece, float* values);
+// The values of a payload as fp32. Before the value of an entry is read, prepare(entry) says how far one may read from there on without
+// another call; entries ascend from call to call.
+template <ValueFormat format>
+class ValueReader;
+
+template <>
+class ValueReader<ValueFormat::kFloat32> {
+ public:
+  ValueReader(const Layout&, const PayloadSections& sections, const uint8_t* payload)
+      : values_(reinterpret_cast<const float*>(payload + sections.values)) {}
+  int64_t prepare(int64_t) { return std::numeric_limits<int64_t>::max(); }
+  float operator[](int64_t entry) const { return values_[entry]; }
+
+ private:
+  const float* values_;
+};
+
+template <>
+class ValueReader<ValueFormat::kBFloat16> {
+ public:
+  ValueReader(const Layout&, const PayloadSections& sections, const uint8_t* payload)
+      : values_(reinterpret_cast<const uint16_t*>(payload + sections.values)) {}
+  int64_t prepare(int64_t) { return std::numeric_limits<int64_t>::max(); }
+  float operator[](int64_t entry) const { return to_float(BFloat16{values_[entry]}); }
+
+ private:
+  const uint16_t* values_;
+};
+
+template <>
+class ValueReader<ValueFormat::kSign> { // group by group
+ public:
+  ValueReader(const Layout& layout, const PayloadSections& sections, const uint8_t* payload)
+      : words_(reinterpret_cast<const uint32_t*>(payload + sections.values)),
+        scales_(reinterpret_cast<const uint32_t*>(payload + sections.scales)),
+        groups_(layout.groups) {}
+  int64_t prepare(int64_t entry) {
+    if (entry < group_end_) return group_end_;
+    const auto group = std::upper_bound(groups_.begin() + group_, groups_.end(), entry,
+                                        [](int64_t e, const Group& g) { return e < g.entry_offset + g.k; });
+    group_ = group - groups_.begin();
+    group_end_ = group->entry_offset + group->k;
+    scale_ = scales_[group_];
+    return group_end_;
+  }
+  float operator[](int64_t entry) const { return std::bit_cast<float>(scale_ ^ (words_[entry / 32] >> (entry % 32)) << 31); }
+
+ private:
+  const uint32_t* words_;
+  const uint32_t* scales_;
+  std::span<const Group> groups_;
+  int64_t group_ = 0;
+  int64_t group_end_ = 0; // entries before it have this scale
+  uint32_t scale_ = 0;
+};
+
+// Calls function(entry, value) for entries [begin, end).
+template <ValueFormat format, typename Function>
+void for_each_value(ValueReader<format>& values, int64_t begin, int64_t end, Function&& function) {
+  while (begin < end) {
+    const int64_t prepared = std::min(end, values.prepare(begin));
+    const ValueReader<format> reader = values; // a copy, which no store of the function can change
+    for (; begin < prepared; ++begin) function(begin, reader[begin]);
+  }
+}
+
+// Calls function(ValueReader) with a reader of the layout's format.
+template <typename Function>
+auto with_value_reader(const Layout& layout, const PayloadSections& sections, const uint8_t* payload, Function&& function) {
+  switch (layout.value_format) {
+    case ValueFormat::kFloat32:
+      return function(ValueReader<ValueFormat::kFloat32>(layout, sections, payload));
+    case ValueFormat::kBFloat16:
+      return function(ValueReader<ValueFormat::kBFloat16>(layout, sections, payload));
+    default:
+      return function(ValueReader<ValueFormat::kSign>(layout, sections, payload));
+  }
+}
 
 } // namespace compressed_ddp

@@ -47,9 +47,8 @@ void expect_equal(const TypedBuffer& expected, const TypedBuffer& actual) {
 // Returns whether the result holds something non-finite.
 bool decode_into(const Layout& layout, const Bytes& gathered, int64_t world_size, TypedBuffer& bucket, const Cut& cut = all_cuts()[0],
                  int64_t step = 0) {
-  Entries entries;
-  EXPECT_EQ(decode(layout, gathered.data(), world_size, step, entries, cut.parallel_for), "");
-  return decode_apply(layout, {gathered.data(), entries, world_size, bucket.data(), bucket.type()}, cut.parallel_for);
+  EXPECT_EQ(check_payloads(layout, gathered.data(), world_size, {0, world_size}, step, cut.parallel_for), "");
+  return decode_apply(layout, {gathered.data(), world_size, bucket.data(), bucket.type()}, cut.parallel_for);
 }
 
 TypedBuffer decoded(const Layout& layout, const Bytes& gathered, int64_t world_size, GradientType type, const Cut& cut = all_cuts()[0],
@@ -80,6 +79,9 @@ std::vector<NamedLayout> layouts_around_tiles() {
       {"exactly a tile", testing::one_group(t, 100)},
       {"a tile and one", testing::one_group(t + 1, 100)},
       {"a tile less one, everything sent", testing::one_group(t - 1, t - 1)},
+      {"high bits that fill their words", testing::one_group(64, 64)},
+      {"high bits that fill their words, twice", testing::one_group(256, 192)},
+      {"high bits that fill their words, and all of a part", testing::one_group(256, 256)},
       {"several tiles", testing::one_group(3 * t + 17, 500)},
       {"dense only", Layout::make(Numbers{t + 5, 0, 2 * t - 10, 3}, Numbers{-1, -1, -1, -1}, {})},
       {"a dense segment across tiles", Layout::make(Numbers{t - 100, 2 * t + 300, 50}, Numbers{0, -1, 1}, Numbers{80, 5})},

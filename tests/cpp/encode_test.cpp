@@ -1,8 +1,20 @@
 #include "cpu/encode.h"
 
 #include <cmath>
+#include <cstdlib>
+#include <new>
 
 #include "testing.h"
+
+// Counts what is allocated. Not inlined: GCC warns of a malloc that meets a delete, and of a new that meets a free.
+static int64_t num_allocations = 0;
+[[gnu::noinline]] void* operator new(std::size_t size) {
+  ++num_allocations;
+  if (void* memory = std::malloc(size)) return memory;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace compressed_ddp {
 namespace {
@@ -31,6 +43,23 @@ TEST(Encode, Fp32EntriesComeBackAsTheyWere) {
   EXPECT_TRUE(same_bits(values, entries.values));
 }
 
+// As decode_apply reads them, from the second tile on with a cursor that was sent there.
+std::vector<int32_t> read_in_tiles(const Layout& layout, const std::vector<uint8_t>& payload, int64_t width) {
+  const PayloadSections sections = payload_sections(layout);
+  std::vector<int32_t> indices;
+  IndexCursor cursor(sections, payload.data(), layout.selected_numel);
+  for (int64_t begin = 0; begin < layout.numel; begin += width) {
+    std::vector<uint16_t> offsets(static_cast<size_t>(width + IndexCursor::kOffsetSlack));
+    IndexCursor sent(sections, payload.data(), layout.selected_numel);
+    sent.go_to_index(begin);
+    EXPECT_EQ(sent.entry(), cursor.entry());
+    const int64_t count = (begin / width % 2 == 0 ? cursor : sent).offsets_below(begin, begin + width, offsets.data());
+    for (int64_t i = 0; i < count; ++i) indices.push_back(static_cast<int32_t>(begin + offsets[static_cast<size_t>(i)]));
+    if (begin / width % 2 != 0) cursor = sent;
+  }
+  return indices;
+}
+
 TEST(Encode, IndicesComeBackWhateverTheirPattern) {
   constexpr uint64_t kSeed = 2;
   SCOPED_TRACE("seed " + std::to_string(kSeed));
@@ -42,6 +71,7 @@ TEST(Encode, IndicesComeBackWhateverTheirPattern) {
   for (const auto& [numel, k] : std::vector<Case>{{1, 1},
                                                   {256, 1},
                                                   {257, 1},
+                                                  {64, 64},
                                                   {256, 256},
                                                   {300, 255},
                                                   {300, 256},
@@ -61,7 +91,7 @@ TEST(Encode, IndicesComeBackWhateverTheirPattern) {
       last[static_cast<size_t>(e)] = static_cast<int32_t>(numel - k + e);
     }
     for (const std::vector<int32_t>& indices : {testing::random_indices(layout, random), first, last}) {
-      const std::vector<float> values(indices.size(), 1.0f);
+      const std::vector<float> values(indices.size(), float_of(0x3fffffff)); // the byte behind the high bits is no more of them
       for (const testing::Cut& cut : testing::all_cuts()) {
         std::vector<uint8_t> payload = blank_payload(layout);
         encode_selected(layout, {values.data(), indices.data(), nullptr, false, payload.data()}, cut.parallel_for);
@@ -69,8 +99,25 @@ TEST(Encode, IndicesComeBackWhateverTheirPattern) {
         Entries entries;
         ASSERT_EQ(decode_own(layout, payload.data(), entries, cut.parallel_for), "") << cut.name;
         ASSERT_TRUE(same_integers(indices, entries.indices)) << cut.name;
+        for (const int64_t width : {256, 8192, 65536}) ASSERT_TRUE(same_integers(indices, read_in_tiles(layout, payload, width))) << width;
       }
     }
+  }
+}
+
+TEST(Encode, AllocatesNothingOnceTheEntriesHaveLeftTheResidual) {
+  for (const ValueFormat value_format : testing::kValueFormats) {
+    const Layout layout = Layout::make(Numbers{100000, 500}, Numbers{0, 1}, Numbers{2 * kPieceNumel + 5, 50}, value_format);
+    testing::Random random(5);
+    const std::vector<int32_t> indices = testing::random_indices(layout, random);
+    const std::vector<float> values = testing::normal_values(layout.selected_numel, 6);
+    std::vector<float> residual(static_cast<size_t>(layout.numel));
+    const std::vector<float*> residuals = testing::segment_pointers(layout, residual.data());
+    std::vector<uint8_t> payload = blank_payload(layout);
+    const int64_t before = num_allocations;
+    encode_selected(layout, {values.data(), indices.data(), residuals.data(), false, payload.data()}, testing::in_one_go);
+    encode_header(layout, 0, 1, 0, false, payload.data());
+    EXPECT_EQ(num_allocations, before) << name_of(value_format);
   }
 }
 
@@ -142,6 +189,30 @@ TEST(Encode, TheScaleOfSignsIsTheRoundedMeanWhateverTheOrder) {
     EXPECT_FLOAT_EQ(std::abs(scale), static_cast<float>(sum / static_cast<long double>(values.size())));
     std::reverse(values.begin(), values.end());
     EXPECT_EQ(std::abs(encoded(ValueFormat::kSign, values, values).decoded[0]), std::abs(scale));
+  }
+}
+
+TEST(Encode, ALargeGroupHasTheScaleOfAllItsEntriesHoweverTheWorkIsCut) {
+  constexpr int64_t kLarge = 3 * kPieceNumel + 77;
+  const Layout layout = Layout::make(Numbers{100, kLarge}, Numbers{0, 1}, Numbers{100, kLarge}, ValueFormat::kSign);
+  const std::vector<float> values = testing::normal_values(layout.selected_numel, 7);
+  std::vector<int32_t> indices(values.size());
+  for (size_t i = 0; i < indices.size(); ++i) indices[i] = static_cast<int32_t>(i);
+  const auto scale = [&](size_t begin, size_t end) {
+    const Lossy alone =
+        encoded(ValueFormat::kSign, {values.begin() + static_cast<int64_t>(begin), values.begin() + static_cast<int64_t>(end)},
+                std::vector<float>(end - begin));
+    return std::abs(alone.decoded[0]);
+  };
+  const std::vector<float> expected{scale(0, 100), scale(100, values.size())};
+  double sum = 0;
+  for (size_t i = 100; i < values.size(); ++i) sum += std::abs(static_cast<double>(values[i]));
+  EXPECT_FLOAT_EQ(expected[1], static_cast<float>(sum / kLarge));
+  for (const testing::Cut& cut : testing::all_cuts()) {
+    std::vector<uint8_t> payload = blank_payload(layout);
+    encode_selected(layout, {values.data(), indices.data(), nullptr, false, payload.data()}, cut.parallel_for);
+    const auto* scales = reinterpret_cast<const float*>(payload.data() + payload_sections(layout).scales);
+    EXPECT_TRUE(same_bits(expected, {scales, 2})) << cut.name;
   }
 }
 

@@ -17,7 +17,7 @@ const Entries kEntries{{0, 2, 5, 8, 11}, {1, -2, 3, 4, -5}};
 std::vector<float> zeros() { return std::vector<float>(static_cast<size_t>(kLayout.numel)); }
 
 TEST(ReturnDropped, GivesBackWhatTheResultDoesNotHold) {
-  for (const GradientType type : {GradientType::kFloat32, GradientType::kFloat16, GradientType::kBFloat16}) {
+  for (const GradientType type : testing::kGradientTypes) {
     TypedBuffer result(type, zeros());
     for (const int64_t held : {2, 11}) result.set(held, 0.5f);
     result.set(5, -0.0f); // a zero is a zero

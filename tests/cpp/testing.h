@@ -29,7 +29,6 @@ namespace compressed_ddp::testing {
 inline constexpr std::array kGradientTypes = {GradientType::kFloat32, GradientType::kFloat16, GradientType::kBFloat16};
 
 inline constexpr std::array kValueFormats = {ValueFormat::kFloat32, ValueFormat::kBFloat16, ValueFormat::kSign};
-inline constexpr std::array kTypes = {GradientType::kFloat32, GradientType::kFloat16, GradientType::kBFloat16};
 
 inline const char* name_of(GradientType type) {
   constexpr const char* kNames[] = {"float32", "float16", "bfloat16"};
@@ -232,15 +231,13 @@ inline Entries entries_of(const Layout& layout, const uint8_t* payload) {
 
 // Empty, or why a receiver refuses the payloads.
 inline std::string refusal_of(const Layout& layout, const std::vector<uint8_t>& gathered, int64_t world_size, int64_t step) {
-  Entries entries;
-  return decode(layout, gathered.data(), world_size, step, entries, in_one_go);
+  return check_payloads(layout, gathered.data(), world_size, {0, world_size}, step, in_one_go);
 }
 // The same of one payload, without the words around it.
 inline std::string refusal_of_one(const Layout& layout, const std::vector<uint8_t>& payload, uint32_t rank, uint32_t world_size,
                                   int64_t step) {
   const std::string problem = check_header(layout, payload.data(), rank, world_size, step);
-  Entries entries;
-  return problem.empty() ? decode_entries(layout, payload.data(), 1, entries, in_one_go).why : problem;
+  return problem.empty() ? check_entries(layout, payload.data(), 1, in_one_go).why : problem;
 }
 
 inline std::vector<uint8_t> random_gathered(const Layout& layout, int64_t world_size, int64_t step, uint64_t seed) {

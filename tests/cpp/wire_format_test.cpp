@@ -233,6 +233,101 @@ TEST(CheckPayload, ADirectoryOfSeveralPiecesIsChecked) {
     }
 }
 
+// The indices of a payload by the letter of docs/wire_format.md, bit by bit; empty when they are not in order.
+std::vector<int64_t> plain_indices(const Layout& layout, const Bytes& payload) {
+  const PayloadSections s = payload_sections(layout);
+  std::vector<int64_t> indices;
+  for (int64_t bit = 0; bit < 64 * s.high_words(); ++bit) {
+    if ((payload[static_cast<size_t>(s.high + bit / 8)] >> (bit % 8) & 1) == 0) continue;
+    const auto entry = static_cast<int64_t>(indices.size());
+    if (entry == layout.selected_numel) return {};
+    const int64_t high = bit - entry;
+    uint32_t noted = 0;
+    std::memcpy(&noted, payload.data() + s.directory + entry / 256 * 4, 4);
+    if (entry % 256 == 0 && noted != high) return {};
+    const int64_t index = high << 8 | payload[static_cast<size_t>(s.low + entry)];
+    if (index >= layout.numel || (entry > 0 && index <= indices.back())) return {};
+    indices.push_back(index);
+  }
+  return static_cast<int64_t>(indices.size()) == layout.selected_numel ? indices : std::vector<int64_t>{};
+}
+
+TEST(CheckPayload, LetsPassWhatAPlainDecoderLetsPassAndNothingElse) {
+  constexpr uint64_t kSeed = 8;
+  SCOPED_TRACE("seed " + std::to_string(kSeed));
+  Random random(kSeed);
+  int64_t num_passed = 0, num_refused = 0;
+  // One, several and no runs in a word; several strides and pieces; nearly everything sent.
+  for (const Layout& layout : {testing::one_group(300, 255), testing::one_group(3 * 8192, 1100), testing::one_group(40000, 17000),
+                               testing::one_group(17000, 16900), testing::one_group(1 << 20, 700)}) {
+    const PayloadSections s = payload_sections(layout);
+    const Bytes good = random_payload(layout, 0, 1, 0, kSeed);
+    for (int round = 0; round < 600; ++round) {
+      Bytes payload = good;
+      const auto byte_at = [&](int64_t byte) -> uint8_t& { return payload[static_cast<size_t>(byte)]; };
+      const int64_t entry = random.integer(0, layout.selected_numel);
+      switch (round % 4) {
+        case 0: // another low byte, often by one
+          byte_at(s.low + entry) = static_cast<uint8_t>(byte_at(s.low + entry) + (random.one_in(2) ? 1 : random.integer(0, 256)));
+          break;
+        case 1: { // a bit changes its place: as many as before
+          const int64_t from = random.integer(0, s.high_bits), to = std::min(s.high_bits - 1, from + random.integer(1, 9));
+          const auto bit_at = [&](int64_t bit) { return byte_at(s.high + bit / 8) >> (bit % 8) & 1; };
+          if (bit_at(from) == bit_at(to)) break;
+          byte_at(s.high + from / 8) ^= static_cast<uint8_t>(1 << from % 8);
+          byte_at(s.high + to / 8) ^= static_cast<uint8_t>(1 << to % 8);
+          break;
+        }
+        case 2:
+          byte_at(random.integer(s.high, s.high + 8 * s.high_words())) ^= static_cast<uint8_t>(1 << random.integer(0, 8));
+          break;
+        default:
+          byte_at(s.low + entry) = byte_at(s.low + std::max<int64_t>(entry - 1, 0)); // equal
+      }
+      const std::vector<int64_t> expected = plain_indices(layout, payload);
+      ASSERT_EQ(refusal_of_one(layout, payload, 0, 1, 0).empty(), !expected.empty()) << "round " << round;
+      ++(expected.empty() ? num_refused : num_passed);
+      if (expected.empty()) continue;
+      const Entries entries = testing::entries_of(layout, payload.data());
+      ASSERT_TRUE(std::equal(expected.begin(), expected.end(), entries.indices.begin(), entries.indices.end())) << "round " << round;
+    }
+  }
+  EXPECT_GT(num_passed, 300);
+  EXPECT_GT(num_refused, 1000);
+}
+
+TEST(CheckPayload, NamesTheFirstGroupThatIsWrongAmongMany) {
+  Numbers segments, groups, k;
+  for (int64_t g = 0; g < 400; ++g) {
+    segments.push_back(1000 + g);
+    groups.push_back(g);
+    k.push_back(g % 3 == 0 ? 1 : g % 50); // some begin in the middle of a byte, a word, a stride
+    if (k.back() == 0) k.back() = 7;
+  }
+  const Layout layout = Layout::make(segments, groups, k);
+  Random random(9);
+  const std::vector<int32_t> good = testing::random_indices(layout, random);
+  const std::vector<float> values(good.size(), 1.0f);
+  for (const size_t g : {size_t{0}, size_t{1}, size_t{2}, size_t{57}, size_t{200}, size_t{398}, size_t{399}}) {
+    const Group& group = layout.groups[g];
+    const Segment& segment = layout.segments[g];
+    const int64_t first = segment.offset, last = segment.offset + segment.numel - 1;
+    const std::string words =
+        "the indices of group " + std::to_string(g) + " are not in [" + std::to_string(first) + ", " + std::to_string(last) + "]";
+    std::vector<int32_t> bad = good;
+    const auto at = static_cast<size_t>(group.entry_offset + group.k - 1);
+    bad[at] = static_cast<int32_t>(last + 1);
+    if (at + 1 == bad.size() || bad[at + 1] > bad[at]) {
+      EXPECT_EQ(refusal_of_one(layout, testing::payload_of_entries(layout, bad, values, nullptr, 0, 1, 0), 0, 1, 0), words);
+    }
+    bad = good;
+    const auto front = static_cast<size_t>(group.entry_offset);
+    if (g == 0 || bad[front - 1] == first - 1) continue;
+    bad[front] = static_cast<int32_t>(first - 1);
+    EXPECT_EQ(refusal_of_one(layout, testing::payload_of_entries(layout, bad, values, nullptr, 0, 1, 0), 0, 1, 0), words);
+  }
+}
+
 // Contract: whatever the bytes, decode reads only the payload, and what it lets pass keeps the decoders inside. The vectors have exact
 // sizes, so AddressSanitizer is the judge here.
 TEST(CheckPayload, SurvivesRandomBytesAndWhatPassesDecodesInsideTheBucket) {
@@ -256,19 +351,19 @@ TEST(CheckPayload, SurvivesRandomBytesAndWhatPassesDecodesInsideTheBucket) {
       }
       if (round % 100 == 0) // nothing but noise, now and then
         for (uint8_t& byte : payload) byte = static_cast<uint8_t>(random.bits());
-      Entries entries;
-      if (!decode(layout, payload.data(), 1, 0, entries, testing::in_one_go).empty()) {
+      if (!check_payloads(layout, payload.data(), 1, {0, 1}, 0, testing::in_one_go).empty()) {
         ++num_refused;
         continue;
       }
       ++num_passed;
       for (const GradientType type : testing::kGradientTypes) {
         TypedBuffer bucket(type, layout.numel);
-        decode_apply(layout, {payload.data(), entries, 1, bucket.data(), type}, testing::in_one_go);
+        decode_apply(layout, {payload.data(), 1, bucket.data(), type}, testing::in_one_go);
         ASSERT_TRUE(bucket.guards_intact()) << "round " << round;
       }
+      const Entries own = testing::entries_of(layout, payload.data());
       TypedBuffer residual(GradientType::kFloat32, std::vector<float>(static_cast<size_t>(layout.numel)));
-      restore(layout, entries, testing::segment_pointers(layout, static_cast<float*>(residual.data())).data());
+      restore(layout, own, testing::segment_pointers(layout, static_cast<float*>(residual.data())).data());
       ASSERT_TRUE(residual.guards_intact()) << "round " << round;
     }
   }

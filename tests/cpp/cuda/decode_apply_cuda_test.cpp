@@ -45,9 +45,8 @@ Decoded decode_on_cuda(const Layout& layout, const Bytes& gathered, int32_t worl
 
 Bytes decode_on_cpu(const Layout& layout, const Bytes& gathered, int64_t world_size, GradientType type) {
   TypedBuffer bucket(type, layout.numel);
-  Entries entries;
-  EXPECT_EQ(decode(layout, gathered.data(), world_size, kStep, entries, in_one_go), "");
-  decode_apply(layout, {gathered.data(), entries, world_size, bucket.data(), type}, in_one_go);
+  EXPECT_EQ(check_payloads(layout, gathered.data(), world_size, {0, world_size}, kStep, in_one_go), "");
+  decode_apply(layout, {gathered.data(), world_size, bucket.data(), type}, in_one_go);
   const auto* bytes = static_cast<const uint8_t*>(bucket.data());
   return {bytes, bytes + layout.numel * element_bytes(type)};
 }
@@ -355,9 +354,8 @@ TEST(DecodeApplyCuda, OnePayloadOfARankInTheMiddleIsDecodedAndNamed) {
     const auto [bucket, status] = decode_as(5);
     EXPECT_EQ(status.bad_rank, 0u);
     TypedBuffer expected(GradientType::kFloat32, layout.numel);
-    Entries entries;
-    ASSERT_EQ(decode(layout, payload.data(), 1, kStep, entries, in_one_go, Senders{5, 9}), "");
-    decode_apply(layout, {payload.data(), entries, 1, expected.data(), GradientType::kFloat32}, in_one_go);
+    ASSERT_EQ(check_payloads(layout, payload.data(), 1, {5, 9}, kStep, in_one_go), "");
+    decode_apply(layout, {payload.data(), 1, expected.data(), GradientType::kFloat32}, in_one_go);
     EXPECT_EQ(std::memcmp(bucket.data(), expected.data(), bucket.size() * sizeof(float)), 0);
     EXPECT_EQ(decode_as(4).second.bad_rank, 5u); // 1 + the rank that it should have been of
   }
@@ -367,7 +365,7 @@ TEST(NanIfFlaggedCuda, OneFlaggedPayloadMakesTheWholeBucketNan) {
   const Layout layout = Layout::make(Numbers{100}, Numbers{0}, Numbers{3});
   const int64_t stride = payload_bytes(layout) + 64;
   for (const int flagged : {-1, 0, 2})
-    for (const GradientType type : kTypes) {
+    for (const GradientType type : kGradientTypes) {
       Bytes payloads(static_cast<size_t>(3 * stride));
       for (int p = 0; p < 3; ++p) {
         const Bytes one = random_payload(layout, static_cast<uint32_t>(p), 3, kStep, 60, p == flagged);
@@ -393,7 +391,7 @@ TEST(NanIfFlaggedCuda, OneFlaggedPayloadMakesTheWholeBucketNan) {
 // What a split exchange leaves out: given back, and undone, as on the CPU.
 TEST(ReturnDroppedCuda, EqualsTheCpuEngineBitForBit) {
   for (const ValueFormat value_format : kValueFormats)
-    for (const GradientType type : kTypes) {
+    for (const GradientType type : kGradientTypes) {
       SCOPED_TRACE(std::string(name_of(value_format)) + ", seed 61");
       const Layout layout =
           Layout::make(Numbers{5000, 40, 6000, 0, 3, 9000}, Numbers{0, -1, 1, -1, 2, 3}, Numbers{50, 60, 1, 700}, value_format);

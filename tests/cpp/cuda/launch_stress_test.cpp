@@ -105,7 +105,7 @@ class Lane {
     encode_dense(layout_, gradient.data(), type_, nullptr, payload.data());
     encode_header(layout_, 0, 1, last, false, payload.data());
     TypedBuffer bucket(type_, layout_.numel);
-    decode_apply(layout_, {payload.data(), entries_of(layout_, payload.data()), 1, bucket.data(), type_}, in_one_go);
+    decode_apply(layout_, {payload.data(), 1, bucket.data(), type_}, in_one_go);
 
     require(cudaStreamSynchronize(stream_), "the launches");
     expect_same_payload(layout_, payload, payload_.download());

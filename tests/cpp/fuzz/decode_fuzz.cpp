@@ -33,10 +33,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const fuzz::PayloadInput input = fuzz::payload_input({data, size});
   const Layout& layout = input.layout;
   Entries entries, in_pieces;
-  const std::string problem = decode(layout, input.payload.data(), fuzz::kWorldSize, fuzz::kStep, entries, in_one_go);
-  require(problem == decode(layout, input.payload.data(), fuzz::kWorldSize, fuzz::kStep, in_pieces, one_by_one),
+  const std::string problem = check_payloads(layout, input.payload.data(), fuzz::kWorldSize, {0, fuzz::kWorldSize}, fuzz::kStep, in_one_go);
+  require(problem == check_payloads(layout, input.payload.data(), fuzz::kWorldSize, {0, fuzz::kWorldSize}, fuzz::kStep, one_by_one),
           "it depends on how the work is cut");
   if (!problem.empty()) return 0;
+  require(decode_own(layout, input.payload.data(), entries, in_one_go).empty() &&
+              decode_own(layout, input.payload.data(), in_pieces, one_by_one).empty(),
+          "its rank would refuse it");
+  require(entries.indices == in_pieces.indices, "it depends on how the work is cut");
 
   for (size_t e = 1; e < entries.indices.size(); ++e) require(entries.indices[e - 1] < entries.indices[e], "its indices do not ascend");
   require(check_groups(layout, entries.indices.data()).empty(), "an index is outside its group");
@@ -52,8 +56,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
           "its indices have another code");
 
   for (const GradientType type : {GradientType::kFloat32, GradientType::kFloat16, GradientType::kBFloat16}) {
-    std::vector<uint8_t> bucket(static_cast<size_t>(layout.numel * element_bytes(type)));
-    decode_apply(layout, {input.payload.data(), entries, fuzz::kWorldSize, bucket.data(), type}, in_one_go);
+    std::vector<uint8_t> bucket(static_cast<size_t>(layout.numel * element_bytes(type))), tile_by_tile = bucket;
+    decode_apply(layout, {input.payload.data(), fuzz::kWorldSize, bucket.data(), type}, in_one_go);
+    decode_apply(layout, {input.payload.data(), fuzz::kWorldSize, tile_by_tile.data(), type}, one_by_one);
+    require(bucket == tile_by_tile, "its sum depends on how the work is cut");
   }
   std::vector<std::vector<float>> residual;
   std::vector<float*> residuals;
