@@ -24,6 +24,7 @@ from typing import Any
 from timing import (
     REPOSITORY,
     RESULTS,
+    compiler_of,
     goal,
     paired_ratio,
     quartiles,
@@ -116,7 +117,7 @@ def main() -> int:
     options = parser.parse_args()
 
     program = build(options.build)
-    system = system_metadata()
+    system = system_metadata() | {"compiler": compiler_of(program)}  # not that of the Python module
     warn_when_busy(system)
     rows = []
     for group_numel in options.group_numel:

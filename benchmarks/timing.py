@@ -116,7 +116,7 @@ def system_metadata() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "compressed_ddp": compressed_ddp.__version__,
-        "compiler": _compiler(Path(_native._C.__file__)),
+        "compiler": compiler_of(Path(_native._C.__file__)),
         "instruction_set": _native._C.instruction_set,
         "load_average": round(os.getloadavg()[0], 2),  # at the start: above 0.5, others ran as well
         **_commit(),
@@ -183,8 +183,8 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _compiler(module: Path) -> str:
-    """Return what compiled `_C`, as the compiler noted it in the module itself."""
+def compiler_of(module: Path) -> str:
+    """Return what compiled a module or program, as the compiler noted it there."""
     found = re.findall(rb"(?:GCC: \([^)]*\)|clang version) [\d.]+", module.read_bytes())
     return found[-1].decode() if found else "unknown"
 

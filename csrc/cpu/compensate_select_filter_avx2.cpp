@@ -13,16 +13,18 @@ inline __m256 load_gradient(const BFloat16* g) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(g))), 16));
 }
 
-// acc - wire_bfloat16(acc) of finite acc (float_types.h).
+// acc - wire_bfloat16(acc) (float_types.h) of finite acc that round to finite numbers.
 inline __m256 lost_by_bfloat16(__m256 acc) {
   const __m256i bits = _mm256_castps_si256(acc);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_and_si256(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))),
-                                     _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u)));
-  const __m256i too_large =
-      _mm256_cmpeq_epi32(_mm256_and_si256(rounded, _mm256_set1_epi32(0x7fffffff)), _mm256_set1_epi32(static_cast<int32_t>(kInfinityKey)));
-  rounded = _mm256_sub_epi32(rounded, _mm256_and_si256(too_large, _mm256_set1_epi32(0x10000)));
+  const __m256i rounded = _mm256_and_si256(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))),
+                                           _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u)));
   return _mm256_sub_ps(acc, _mm256_castsi256_ps(rounded));
+}
+// Of the larger finite ones, which are cut off.
+constexpr int32_t kLargestThatRoundsToFinite = 0x7f7f7fff;
+inline __m256 lost_by_cutting_off(__m256 acc) {
+  return _mm256_sub_ps(acc, _mm256_and_ps(acc, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int32_t>(0xffff0000u)))));
 }
 
 inline float sum_lanes(__m256 x) {
@@ -38,6 +40,8 @@ struct Avx2 {
     const __m256i magnitude_mask = _mm256_set1_epi32(0x7fffffff);
     const __m256i below_low = _mm256_set1_epi32(static_cast<int32_t>(a.low_key) - 1); // key > low_key - 1; both are non-negative
     const __m256i largest_finite = _mm256_set1_epi32(static_cast<int32_t>(kInfinityKey) - 1);
+    // Larger keys take a way of their own.
+    const __m256i largest_usual = kept_of_candidates == Kept::kZero ? largest_finite : _mm256_set1_epi32(kLargestThatRoundsToFinite);
     const __m256i lane_index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     FilterResult result;
     __m256 gradient_sq[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
@@ -77,10 +81,12 @@ struct Avx2 {
         residual_sq[j & 1] = _mm256_add_ps(residual_sq[j & 1], _mm256_mul_ps(kept, kept));
         if constexpr (kept_of_candidates == Kept::kLostByBFloat16)
           kept = _mm256_blendv_ps(kept, lost_by_bfloat16(acc[j]), _mm256_castsi256_ps(candidate[j]));
-        const __m256i non_finite = _mm256_cmpgt_epi32(key[j], largest_finite);
-        const auto non_finite_mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(non_finite)));
-        if (non_finite_mask != 0) [[unlikely]] {
-          result.non_finite += __builtin_popcount(non_finite_mask);
+        const __m256i unusual = _mm256_cmpgt_epi32(key[j], largest_usual);
+        if (!_mm256_testz_si256(unusual, unusual)) [[unlikely]] {
+          if constexpr (kept_of_candidates == Kept::kLostByBFloat16)
+            kept = _mm256_blendv_ps(kept, lost_by_cutting_off(acc[j]), _mm256_castsi256_ps(_mm256_and_si256(unusual, candidate[j])));
+          const __m256i non_finite = _mm256_cmpgt_epi32(key[j], largest_finite);
+          result.non_finite += __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(non_finite))));
           if constexpr (source != FilterSource::kGradient) kept = _mm256_blendv_ps(kept, old[j], _mm256_castsi256_ps(non_finite));
         }
         if constexpr (source != FilterSource::kGradient) _mm256_storeu_ps(a.residual + at, kept);

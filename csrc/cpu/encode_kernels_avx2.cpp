@@ -13,28 +13,40 @@ inline uint64_t or_of_lanes(__m256i x) {
   return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_or_si128(two, _mm_unpackhi_epi64(two, two))));
 }
 
-// Eight entries that share the word which is being gathered set their bits in four partial words; where they do not, and where entries are
-// so far apart that they never do, they go one by one.
+// Eight entries at a time set their bits in four partial words, also where they go on into the next word. Where they are farther apart,
+// they go one by one.
 PieceEnds high_bits(const int32_t* indices, int64_t begin, int64_t end, uint64_t* words) {
   const int64_t first = high_bit(indices[begin], begin) / 64;
   HighBits high{words, first, first};
-  const __m256i one = _mm256_set1_epi64x(1), bit_mask = _mm256_set1_epi32(63);
+  const __m256i one = _mm256_set1_epi64x(1), largest_bit = _mm256_set1_epi32(63);
   __m256i entries = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int32_t>(begin)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   __m256i partial = _mm256_setzero_si256();
   int64_t e = begin;
-  for (; e + kLanes <= end; e += kLanes) {
-    if (high_bit(indices[e + kLanes - 1], e + kLanes - 1) / 64 == high.at) {
-      const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices + e));
-      const __m256i bit = _mm256_and_si256(_mm256_add_epi32(_mm256_srli_epi32(index, 8), entries), bit_mask);
-      const __m256i low = _mm256_sllv_epi64(one, _mm256_cvtepu32_epi64(_mm256_castsi256_si128(bit)));
-      const __m256i up = _mm256_sllv_epi64(one, _mm256_cvtepu32_epi64(_mm256_extracti128_si256(bit, 1)));
-      partial = _mm256_or_si256(partial, _mm256_or_si256(low, up));
-    } else {
+  for (; e + kLanes <= end; e += kLanes, entries = _mm256_add_epi32(entries, _mm256_set1_epi32(kLanes))) {
+    const int64_t last_bit = high_bit(indices[e + kLanes - 1], e + kLanes - 1);
+    if (last_bit / 64 > high.at + 1) {
       high.word |= or_of_lanes(partial);
       partial = _mm256_setzero_si256();
       for (int64_t i = e; i < e + kLanes; ++i) put_high_bit(high, high_bit(indices[i], i));
+      continue;
     }
-    entries = _mm256_add_epi32(entries, _mm256_set1_epi32(kLanes));
+    const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices + e));
+    const __m256i bit = _mm256_sub_epi32(_mm256_add_epi32(_mm256_srli_epi32(index, 8), entries), // from the gathered word's begin
+                                         _mm256_set1_epi32(static_cast<int32_t>(64 * high.at)));
+    const __m256i in_word = _mm256_and_si256(bit, largest_bit);
+    const __m256i low = _mm256_sllv_epi64(one, _mm256_cvtepu32_epi64(_mm256_castsi256_si128(in_word)));
+    const __m256i up = _mm256_sllv_epi64(one, _mm256_cvtepu32_epi64(_mm256_extracti128_si256(in_word, 1)));
+    if (last_bit / 64 == high.at) {
+      partial = _mm256_or_si256(partial, _mm256_or_si256(low, up));
+      continue;
+    }
+    const __m256i next = _mm256_cmpgt_epi32(bit, largest_bit);
+    const __m256i low_next = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(next));
+    const __m256i up_next = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(next, 1));
+    const __m256i here = _mm256_or_si256(_mm256_andnot_si256(low_next, low), _mm256_andnot_si256(up_next, up));
+    high.word |= or_of_lanes(_mm256_or_si256(partial, here));
+    put_high_bit(high, last_bit); // begins the next word
+    partial = _mm256_or_si256(_mm256_and_si256(low_next, low), _mm256_and_si256(up_next, up));
   }
   high.word |= or_of_lanes(partial);
   for (; e < end; ++e) put_high_bit(high, high_bit(indices[e], e));

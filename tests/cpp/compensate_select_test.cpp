@@ -176,6 +176,30 @@ TEST(Filter, TheBestKernelsAreOnesThatThisTestRuns) {
   RecordProperty("best_filter", best_filter().name);
 }
 
+TEST(CompensateSelectFilter, WhatBf16LosesStaysWhateverTheValue) {
+  // The largest that rounds to a finite number, the least that is cut off, the largest of all, denormals, and some that are not sent.
+  const std::vector<uint32_t> odd = {0x7f7f7fffu, 0x7f7f8000u, 0xff7f8001u, 0x7f7fffffu, 0xff7fffffu, 0x3f808000u, 0x3f818000u,
+                                     0x7f800000u, 0xff800000u, 0x7fc12345u, 0x00000001u, 0x80008000u, 0x00000000u};
+  Floats gradient;
+  for (size_t i = 0; i < 40 * odd.size(); ++i) gradient.push_back(float_of(odd[i % odd.size()]));
+  const auto numel = static_cast<int64_t>(gradient.size());
+  for (const int64_t k : {numel / 8, numel / 2, numel})
+    for (const FilterKernels* kernels : runnable_kernels()) {
+      SCOPED_TRACE(std::string(kernels->name) + ", k " + std::to_string(k));
+      SelectionCase c = fp32_case(one_group(numel, k), gradient, Floats(gradient.size()));
+      c.layout.value_format = ValueFormat::kBFloat16;
+      const Selection selection = select(c, *kernels);
+      Floats expected(gradient.size());
+      for (size_t i = 0; i < gradient.size(); ++i)
+        if (std::isfinite(gradient[i])) expected[i] = gradient[i];
+      for (const int32_t index : selection.indices) {
+        const float sent = gradient[static_cast<size_t>(index)];
+        if (std::isfinite(sent)) expected[static_cast<size_t>(index)] = sent - to_float(BFloat16{wire_bfloat16(sent)});
+      }
+      EXPECT_TRUE(same_bits(expected, selection.residual));
+    }
+}
+
 // ---- the emit kernels
 
 // Candidates as the filter leaves them, and what one kernel makes of them.
