@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ sys.path.insert(
     0, str(pathlib.Path(__file__).parent)
 )  # `import ranks`, in this process and in forked ranks
 
+import ranks
 import stand_in  # noqa: F401  before anything imports compressed_ddp
 
 # Threads that spin for one another cost a multiple of the work itself where others use the cores, too.
@@ -36,3 +38,11 @@ def seed(request: pytest.FixtureRequest) -> int:
     print(f"seed {value}")
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[ranks.Pools]:
+    """Ranks that stay alive from test to test of a file: pools.run(world_size, function, *args)."""
+    made = ranks.Pools()
+    yield made
+    made.close()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from stage_cases import Layout
@@ -149,3 +152,211 @@ class Oracle:
                 residual, payload, *self.layout.arguments, value_format=self.value_format
             )
         self._undo = []
+
+
+# ---- exchange="split"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A segment of a whole bucket, before ranges are cut: a parameter, or a chunk of one."""
+
+    numel: int
+    dense: bool
+
+
+def parts_of(tensors: Sequence[tuple[int, bool]], scope: str) -> list[Part]:
+    """(numel, travels dense) of what lies in a bucket -> its parts."""
+    parts = []
+    for numel, dense in tensors:
+        size = 4096 if scope == "chunk" and not dense else max(numel, 1)
+        parts += [Part(min(size, numel - at), dense) for at in range(0, max(numel, 1), size)]
+    return parts
+
+
+def layout_of(parts: Sequence[Part], scope: str, density: float) -> Layout:
+    """The selections of a bucket, or of a range of one."""
+    groups: list[int] = []
+    group_numels: list[int] = []
+    for part in parts:
+        if part.dense:
+            groups.append(-1)
+            continue
+        if scope != "bucket" or not group_numels:
+            group_numels.append(0)
+        group_numels[-1] += part.numel
+        groups.append(len(group_numels) - 1)
+    k = [max(1, math.ceil(density * numel)) for numel in group_numels]
+    return Layout([part.numel for part in parts], groups, k)
+
+
+def cut(
+    parts: Sequence[Part], world_size: int, density: float, value_format: str
+) -> list[tuple[int, int]]:
+    """[begin, end) of every owner's range: about equal payload bytes, borders at multiples of 64 entries, empty ones last."""
+    numel = sum(part.numel for part in parts)
+    bits = {"fp32": 32, "bf16": 16, "sign": 1}[value_format]
+    selected_bytes = (density * (bits + 9) + 1 / 256) / 8
+    bytes_per_entry = [4.0 if part.dense else selected_bytes for part in parts]
+    first_entry = [0, *itertools.accumulate(part.numel for part in parts)]
+    ends = list(itertools.accumulate(n.numel * b for n, b in zip(parts, bytes_per_entry)))
+    units = -(-numel // 64)
+    owners = min(world_size, units)
+    borders = [0]
+    for owner in range(1, owners):
+        wanted = ends[-1] * owner / owners
+        at = min(bisect.bisect_left(ends, wanted), len(parts) - 1)
+        into = (wanted - (ends[at - 1] if at > 0 else 0.0)) / bytes_per_entry[at]
+        unit = (first_entry[at] + math.floor(into + 0.5)) // 64
+        # One unit at least for this range, and for every one behind it.
+        borders.append(max(borders[-1] + 1, min(unit, units - (owners - owner))))
+    borders = [64 * unit for unit in borders[:owners]] + [numel]
+    return list(itertools.pairwise(borders)) + [(numel, numel)] * (world_size - owners)
+
+
+def layout_of_range(
+    parts: Sequence[Part], begin: int, end: int, scope: str, density: float
+) -> Layout:
+    """What of each part lies in [begin, end)."""
+    inside, at = [], 0
+    for part in parts:
+        numel = min(end, at + part.numel) - max(begin, at)
+        if numel > 0:
+            inside.append(Part(numel, part.dense))
+        at += part.numel
+    return layout_of(inside, scope, density)
+
+
+@dataclasses.dataclass
+class _Sent:
+    """Of one rank and one range."""
+
+    layout: Layout
+    at: slice
+    values: Tensor  # [numel of the range]: as decoded, 0 where nothing was sent
+    back: Tensor  # bool [numel]: in the residual again
+
+
+class SplitOracle:
+    """All ranks of a run with exchange="split" in one process: one bucket, its parts and ranges, plain PyTorch."""
+
+    def __init__(
+        self,
+        world_size: int,
+        parts: Sequence[Part],
+        *,
+        scope: str,
+        density: float,
+        value_format: str = "bf16",
+        error_feedback: bool = True,
+    ) -> None:
+        self.world_size = world_size
+        self.value_format = value_format
+        self.error_feedback = error_feedback
+        self.ranges = cut(parts, world_size, density, value_format)
+        self.layouts = [layout_of_range(parts, *at, scope, density) for at in self.ranges]
+        self.residuals = [torch.zeros(self.ranges[-1][1]) for _ in range(world_size)]
+        self._sent: list[list[_Sent]] = [[] for _ in range(world_size)]  # by rank
+        self._kept: list[Tensor | None] = [None] * world_size  # by owner, of its range
+
+    def step(self, gradients: Sequence[Tensor], used: Sequence[Tensor] | None = None) -> Tensor:
+        """One gradient [numel] per rank -> what every rank gets. used[rank]: bool [numel], False where a parameter has no gradient."""
+        bucket = torch.zeros_like(gradients[0])
+        self._sent = [[] for _ in range(self.world_size)]
+        self._kept = [None] * self.world_size
+        flagged = False
+        for owner, (layout, (begin, end)) in enumerate(zip(self.layouts, self.ranges)):
+            if begin == end:
+                continue
+            at = slice(begin, end)
+            payloads = []
+            for rank, gradient in enumerate(gradients):
+                everything = torch.ones(end - begin, dtype=torch.bool)
+                used_here = everything if used is None else used[rank][at]
+                residual = self.residuals[rank][at]
+                waiting = residual.masked_fill(~used_here, 0.0)
+                payload = self._encode(gradient[at], waiting, layout, rank, self.world_size)
+                if self.error_feedback:
+                    residual.copy_(torch.where(used_here, waiting, residual))
+                payloads.append(payload)
+                values = self._decoded(payload, layout)
+                self._sent[rank].append(_Sent(layout, at, values, torch.zeros_like(used_here)))
+            average = torch.zeros(end - begin)
+            self._decode(average, torch.stack(payloads), layout)
+            lost = torch.zeros_like(average)
+            encoded = self._encode(average, lost, layout, 0, 1)
+            flagged = flagged or bool(encoded[6] & 1)
+            decoded = self._decoded(encoded, layout)
+            bucket[at] = self._result(encoded, layout)
+            if self.error_feedback and self.value_format != "fp32":
+                kept = (self.world_size * lost) * ((decoded != 0) & self._compressed(layout))
+                self.residuals[owner][at] += kept
+                self._kept[owner] = kept
+        if flagged:
+            bucket.fill_(torch.nan)
+        if self.error_feedback:
+            self._return_dropped(bucket)
+        if not torch.isfinite(bucket).all():
+            self.rollback()
+        return bucket
+
+    def _return_dropped(self, bucket: Tensor) -> None:
+        for rank, all_sent in enumerate(self._sent):
+            for sent in all_sent:
+                sent.back = (bucket[sent.at] == 0) & (sent.values != 0)
+                self.residuals[rank][sent.at] += torch.where(sent.back, sent.values, 0.0)
+
+    def rollback(self) -> None:
+        """What went out and has not come back, once."""
+        if not self.error_feedback:
+            return
+        for owner, kept in enumerate(self._kept):
+            if kept is not None:
+                begin, end = self.ranges[owner]
+                self.residuals[owner][begin:end] -= kept
+        for rank, all_sent in enumerate(self._sent):
+            for sent in all_sent:
+                out = torch.isfinite(sent.values) & ~sent.back
+                self.residuals[rank][sent.at] += torch.where(out, sent.values, 0.0)
+        self._sent = [[] for _ in range(self.world_size)]
+        self._kept = [None] * self.world_size
+
+    def _encode(
+        self, gradient: Tensor, residual: Tensor, layout: Layout, rank: int, world_size: int
+    ) -> Tensor:
+        values, indices, statistics = reference.compensate_select_(
+            gradient, residual, *layout.arguments, error_feedback=self.error_feedback
+        )
+        return reference.encode(
+            values,
+            indices,
+            gradient,
+            *layout.arguments,
+            value_format=self.value_format,
+            residual=residual if self.error_feedback else None,
+            rank=rank,
+            world_size=world_size,
+            non_finite=bool(statistics[3] > 0),
+        )
+
+    def _decode(self, bucket: Tensor, payloads: Tensor, layout: Layout) -> None:
+        reference.decode_apply_(bucket, payloads, *layout.arguments, value_format=self.value_format)
+
+    def _decoded(self, payload: Tensor, layout: Layout) -> Tensor:
+        """[numel], compressed segments only."""
+        values = torch.zeros(layout.numel)
+        # It adds what a payload holds, and passes over what is not finite, which never left.
+        reference.restore_(values, payload, *layout.arguments, value_format=self.value_format)
+        return values
+
+    def _result(self, payload: Tensor, layout: Layout) -> Tensor:
+        whole = torch.zeros(layout.numel)
+        if int(payload[6]) == 0:
+            self._decode(whole, payload[None], layout)
+        return whole
+
+    @staticmethod
+    def _compressed(layout: Layout) -> Tensor:
+        return torch.repeat_interleave(
+            torch.tensor(layout.groups) >= 0, torch.tensor(layout.segments)
+        )

@@ -13,7 +13,6 @@ import contracts
 import pytest
 import torch
 import torch.distributed as dist
-from stage_cases import Layout
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -218,7 +217,7 @@ class Oracle:
         self.world_size = world_size
         self.steps = 0
         # Of each bucket of the last step: its parameters, and what can put back what was sent.
-        self._buckets: list[tuple[list[str], contracts.Oracle]] = []
+        self._buckets: list[tuple[list[str], contracts.Oracle | contracts.SplitOracle]] = []
         self.residuals = [
             {
                 name: torch.zeros(shape)
@@ -237,9 +236,12 @@ class Oracle:
             and not exempt
         )
 
-    def k(self, numel: int) -> int:
+    def density(self) -> float:
         density = self.options["density"]
-        return max(1, math.ceil((density(self.steps) if callable(density) else density) * numel))
+        return density(self.steps) if callable(density) else density
+
+    def k(self, numel: int) -> int:
+        return max(1, math.ceil(self.density() * numel))
 
     def step(
         self, gradients: list[dict[str, Tensor]], buckets: list[list[str]] | None = None
@@ -252,7 +254,7 @@ class Oracle:
         results: dict[str, Tensor] = {}
         self._buckets = []
         for names in buckets or [[name] for name in self.case.shapes]:
-            if self.steps < self.options["dense_steps"]:
+            if self.steps < self.options["dense_steps"] or self.options.get("exchange") == "dense":
                 results.update(self._dense(gradients, names))
             else:
                 results.update(self._compressed(gradients, names))
@@ -275,7 +277,12 @@ class Oracle:
         """Puts back what the last step sent; `gradients` are those that `step` was given."""
         for names, bucket in self._buckets:
             bucket.rollback()
-            self._keep_residuals(gradients, names, bucket.residuals)
+            given = (
+                [dict.fromkeys(names)] * self.world_size
+                if isinstance(bucket, contracts.SplitOracle)
+                else gradients
+            )
+            self._keep_residuals(given, names, bucket.residuals)
 
     def _dense(self, gradients: list[dict[str, Tensor]], names: list[str]) -> dict[str, Tensor]:
         results = {}
@@ -291,46 +298,75 @@ class Oracle:
     ) -> dict[str, Tensor]:
         segments = [math.prod(self.case.shapes[name]) for name in names]
         scope = self.options.get("scope", "tensor")
-        parts, groups, group_numels = [], [], []  # a part: a segment, or a chunk of one
-        for name, numel in zip(names, segments):
-            if not self.is_compressed(name):
-                parts.append(numel)
-                groups.append(-1)
-                continue
-            step = 4096 if scope == "chunk" else numel
-            for at in range(0, numel, step):
-                parts.append(min(step, numel - at))
-                if scope != "bucket" or not group_numels:
-                    group_numels.append(0)
-                group_numels[-1] += parts[-1]
-                groups.append(len(group_numels) - 1)
+        parts = contracts.parts_of(
+            [(numel, not self.is_compressed(name)) for name, numel in zip(names, segments)], scope
+        )
+        if self.options.get("exchange") == "split":
+            return self._split(gradients, names, segments, parts)
         dtype = self.case.dtypes.get(names[0], torch.float32)
-        flat_gradients, flat_residuals = [], []
+        flat_residuals = []
         for given, residuals in zip(gradients, self.residuals):
-            zeros = {name: torch.zeros(self.case.shapes[name], dtype=dtype) for name in names}
-            flat_gradients.append(
-                torch.cat([self._flat(name, given.get(name, zeros[name])) for name in names])
-            )
+            zeros = {name: torch.zeros(self.case.shapes[name]) for name in names}
             # The residual of a parameter that is not used on this rank waits, and the parameter sends zeros.
             waiting = {
-                name: residuals[name]
-                if name in residuals and name in given
-                else zeros[name].float()
+                name: residuals[name] if name in residuals and name in given else zeros[name]
                 for name in names
             }
             flat_residuals.append(torch.cat([self._flat(name, waiting[name]) for name in names]))
-        layout = Layout(parts, groups, [self.k(numel) for numel in group_numels])
+        layout = contracts.layout_of(parts, scope, self.density())
         bucket = contracts.Oracle(self.world_size, layout, self.value_format)
         bucket.residuals = flat_residuals
-        average = bucket.step(flat_gradients)
+        average = bucket.step(self._flat_gradients(gradients, names, dtype))
         self._buckets.append((names, bucket))
         self._keep_residuals(gradients, names, flat_residuals)
         return {
             name: self._shaped(name, part) for name, part in zip(names, average.split(segments))
         }
 
+    def _split(
+        self,
+        gradients: list[dict[str, Tensor]],
+        names: list[str],
+        segments: list[int],
+        parts: list[contracts.Part],
+    ) -> dict[str, Tensor]:
+        bucket = contracts.SplitOracle(
+            self.world_size,
+            parts,
+            scope=self.options.get("scope", "tensor"),
+            density=self.density(),
+            value_format=self.value_format,
+            error_feedback=self.options.get("error_feedback", True),
+        )
+        used = []
+        for rank, (given, residuals) in enumerate(zip(gradients, self.residuals)):
+            used.append(torch.cat([torch.full((n,), m in given) for m, n in zip(names, segments)]))
+            zeros = {name: torch.zeros(self.case.shapes[name]) for name in names}
+            flat = [self._flat(name, residuals.get(name, zeros[name])) for name in names]
+            bucket.residuals[rank] = torch.cat(flat)
+        dtype = self.case.dtypes.get(names[0], torch.float32)
+        average = bucket.step(self._flat_gradients(gradients, names, dtype), used)
+        self._buckets.append((names, bucket))
+        # Of a parameter without a gradient, too: its owner keeps there what the averages of others lost.
+        self._keep_residuals([dict.fromkeys(names)] * self.world_size, names, bucket.residuals)
+        return {
+            name: self._shaped(name, part) for name, part in zip(names, average.split(segments))
+        }
+
+    def _flat_gradients(
+        self, gradients: list[dict[str, Tensor]], names: list[str], dtype: torch.dtype
+    ) -> list[Tensor]:
+        zeros = {name: torch.zeros(self.case.shapes[name], dtype=dtype) for name in names}
+        return [
+            torch.cat([self._flat(name, given.get(name, zeros[name])) for name in names])
+            for given in gradients
+        ]
+
     def _keep_residuals(
-        self, gradients: list[dict[str, Tensor]], names: list[str], flat_residuals: list[Tensor]
+        self,
+        gradients: list[dict[str, Any]],  # by name; which parameters are used
+        names: list[str],
+        flat_residuals: list[Tensor],
     ) -> None:
         segments = [math.prod(self.case.shapes[name]) for name in names]
         for given, residuals, flat in zip(gradients, self.residuals, flat_residuals):

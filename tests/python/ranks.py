@@ -112,7 +112,105 @@ def run(
         return results
 
 
+class Pool:
+    """Processes that stay and run one function after another, each in a default group of its own: `run` without the start of processes.
+
+    After an exception or a hang on some rank all of them are ended, and the next run begins with new ones.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout_s: float = RUN_TIMEOUT_S
+    ) -> list[Any]:
+        """As `run` above."""
+        if not self._processes:
+            self._start()
+        results, failures = [], []
+        with tempfile.TemporaryDirectory() as folder:
+            job = pickle.dumps((function, os.path.join(folder, "store"), timeout_s, args))
+            deadline = time.monotonic() + timeout_s
+            for pipe in self._pipes:
+                pipe.send_bytes(job)
+            for rank, pipe in enumerate(self._pipes):
+                ok, value = False, f"hung: no result after {timeout_s} s"
+                try:
+                    # Once a rank has failed, the others may wait for it in a collective.
+                    if pipe.poll(max(0.0, deadline - time.monotonic()) if not failures else 2.0):
+                        ok, value = pickle.loads(pipe.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    value = "the process died"
+                results.append(value)
+                if not ok:
+                    failures.append(f"rank {rank}: {value}")
+        if failures:
+            self.close()
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()  # ends the process's loop
+        for process in self._processes:
+            process.join(1.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        for rank in range(self.world_size):
+            ours, theirs = _context.Pipe()
+            process = _context.Process(
+                target=_serve, args=(theirs, rank, self.world_size), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+
+class Pools:
+    """One pool per world size, begun when it is first needed."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self._pools.setdefault(world_size, Pool(world_size)).run(function, *args, **kwargs)
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+
+def _serve(pipe: Connection, rank: int, world_size: int) -> None:
+    while True:
+        try:
+            function, store, timeout_s, args = pickle.loads(pipe.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            os._exit(0)
+        _run_one(pipe, function, rank, world_size, store, GROUP_TIMEOUT_S, timeout_s, args)
+
+
 def _main(
+    pipe: Connection,
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    store: str,
+    group_timeout_s: float,
+    timeout_s: float,
+    args: tuple[Any, ...],
+) -> None:
+    _run_one(pipe, function, rank, world_size, store, group_timeout_s, timeout_s, args)
+    pipe.close()
+
+
+def _run_one(
     pipe: Connection,
     function: Callable[..., Any],
     rank: int,
@@ -139,7 +237,6 @@ def _main(
         _send(pipe, True, result)
     finally:
         faulthandler.cancel_dump_traceback_later()
-        pipe.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
