@@ -77,9 +77,9 @@ def test_the_command_of_a_result_names_no_folder(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         sys,
         "argv",
-        ["/somewhere/bench_stages.py", "--sizes", "25", "--output", "/elsewhere/a.json"],
+        ["/somewhere/bench_stages.py", "--sizes", "25", "/built", "--output", "/elsewhere/a.json"],
     )
-    assert timing._command() == "python benchmarks/bench_stages.py --sizes 25"
+    assert timing._command() == "python benchmarks/bench_stages.py --sizes 25 DIR"
 
 
 # ---- bench_stages
