@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import signal
 import statistics
 import sys
@@ -242,6 +243,9 @@ def main() -> int:
                 "threads_per_rank": 1,
                 "turns": options.turns,
                 "warm_up_steps": options.warm_up,
+                "load_average_at_the_end": round(
+                    os.getloadavg()[0], 2
+                ),  # of this benchmark as well
             },
             "goals": goals,
             "rows": rows,
