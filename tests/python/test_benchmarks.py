@@ -212,6 +212,20 @@ def test_the_counted_volume_is_that_of_real_ranks(
         assert [found[name] for found in by_rank] == expected, name
 
 
+def test_the_counted_volume_is_that_of_the_benchmark_on_the_wire() -> None:
+    results = report.read_results()
+    counted = {
+        (row["ranks"], exchange): row[f"{exchange}_bytes"]
+        for row in results["count_exchange"]["rows"]
+        if (row["model"], row["scope"], row["bucket_mib"]) == ("ResNet-50", "tensor", "25")
+        for exchange in exchange_arms.EXCHANGES
+    }
+    rows = [row for row in results["bench_wire"]["rows"] if row["arm"] in exchange_arms.EXCHANGES]
+    assert {row["ranks"] for row in rows} == {2, 4, 8}
+    for row in rows:
+        assert row["counted_bytes_per_step"] == counted[row["ranks"], row["arm"]]
+
+
 @pytest.mark.parametrize("scope", ["tensor", "chunk"])
 def test_what_split_sends_beyond_two_payloads_adds_up(scope: str) -> None:
     parts = [count_exchange.parts_of(PART_OF_RESNET50, scope)]
