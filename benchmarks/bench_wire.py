@@ -2,6 +2,10 @@
 
     sudo python benchmarks/bench_wire.py
 
+ResNet-50's gradients (random numbers in the real layout) in DDP's buckets of 25 MiB, averaged in the five
+ways of exchange_arms.py; for PyTorch's own hooks the bytes are compared with the formula of a ring
+all-reduce.
+
 Every rank runs in a network namespace of its own, connected by one veth pair to a bridge in one more
 namespace; nothing of the machine's own network is touched, and the namespaces are removed at the end,
 also after a failure. Gloo's file store needs no network, so what leaves a rank's interface is its
@@ -43,63 +47,61 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timing import RESULTS, system_metadata, write
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from exchange_arms import ARMS, EXCHANGES, make_arms, shapes_of
+from timing import RESULTS, goal, system_metadata, write
 
-import compressed_ddp
-
-COMPRESSED, DENSE = "compressed", "dense"
-WARM_UP_STEPS = 5  # dense steps, bucket rebuild, first comparison of the ranks
+WARM_UP_STEPS = (
+    3  # the first comparison of the ranks, the second process group, PowerSGD's dense steps
+)
 QUIET_S = 0.3  # until the last acknowledgements are out
 NETWORK = "192.0.2"  # reserved for documentation (RFC 5737): inside the namespaces only
 INTERFACE = "eth0"  # of each rank, inside its namespace
-GOAL_PERCENT = 1.0
+TOKEN_BUCKET = ("burst", "128kb", "latency", "50ms")
+GOAL_PERCENT = 5.0
 
 
 # ---- one rank
 
 
 def run_rank(
-    rank: int, world_size: int, hook: str, steps: int, density: float, interface: str, folder: str
+    rank: int,
+    world_size: int,
+    arm_names: list[str],
+    steps: int,
+    density: float,
+    shapes: list[list[int]],
+    interface: str,
+    folder: str,
 ) -> None:
-    """Train, and tell the parent through stdout; wait for it on stdin."""
-    os.environ["GLOO_SOCKET_IFNAME"] = interface
+    """Average gradients, and tell the parent through stdout; wait for it on stdin."""
     if interface != "lo":
         switch_off_offload(interface)
-    torch.set_num_threads(1)
+    join(rank, world_size, interface, folder)
+    arms = make_arms(arm_names, shapes, density)
+    gradient = torch.randn(next(iter(arms.values())).buckets.numel)
+    for arm in arms.values():
+        counted = 0.0
+        for step in range(WARM_UP_STEPS + steps):
+            if step == WARM_UP_STEPS:
+                answer_count(interface)
+                counted = 0.0
+            arm.buckets.fill(gradient)
+            arm.average()
+            counted += arm.bytes_sent(world_size)[0]
+        answer_count(interface)
+        say({"bytes_sent": counted, "counted_by": arm.bytes_sent(world_size)[1]})
+        arm.drop()
+    sys.stdin.readline()  # no rank leaves before all have been counted
+    dist.destroy_process_group()
+
+
+def join(rank: int, world_size: int, interface: str, folder: str) -> None:
+    """Make this process one rank of a Gloo group."""
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
+    torch.set_num_threads(1)  # the ranks share few cores
     torch.manual_seed(rank)
     store = dist.FileStore(os.path.join(folder, "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    net = nn.Sequential(
-        nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
-    )
-    model = DistributedDataParallel(net, bucket_cap_mb=4)
-    state = None
-    if hook == COMPRESSED:
-        state = compressed_ddp.TopKEFState(density=density)
-        compressed_ddp.register(model, state)
-    counted = {"bytes_sent": 0.0, "dense_bytes": 0.0}
-    numel = sum(parameter.numel() for parameter in model.parameters())
-
-    def train(num_steps: int, count: bool) -> None:
-        for _ in range(num_steps):
-            model.zero_grad()
-            model(torch.randn(8, 784)).square().mean().backward()
-            if not count:
-                continue
-            dense_bytes = 2 * (world_size - 1) / world_size * 4 * numel
-            metrics = state.metrics() if state is not None else {}
-            counted["dense_bytes"] += metrics.get("compressed_ddp/dense_bytes", dense_bytes)
-            counted["bytes_sent"] += metrics.get("compressed_ddp/bytes_sent", dense_bytes)
-
-    train(WARM_UP_STEPS, count=False)
-    answer_count(interface)
-    train(steps, count=True)
-    answer_count(interface)
-    say(counted)
-    sys.stdin.readline()  # no rank leaves before all have been counted
-    dist.destroy_process_group()
 
 
 def answer_count(interface: str) -> None:
@@ -143,11 +145,16 @@ def switch_off_offload(interface: str) -> None:
 
 
 class Namespaces:
-    """One namespace per rank, and one with the bridge between them."""
+    """One namespace per rank, and one with the bridge between them.
+
+    rate: of every link in either direction, in tc's spelling ("1gbit"): a token bucket at both ends of
+    each veth pair. None: as fast as the machine is.
+    """
 
     interface = INTERFACE
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, rate: str | None = None) -> None:
+        self.rate = rate
         self.hub = f"cddp-{os.getpid()}-hub"
         self.ranks = [f"cddp-{os.getpid()}-{rank}" for rank in range(world_size)]
 
@@ -175,6 +182,11 @@ class Namespaces:
             ip("-n", name, "address", "add", f"{NETWORK}.{rank + 1}/24", "dev", INTERFACE)
             ip("-n", name, "link", "set", INTERFACE, "up")
             ip("-n", name, "link", "set", "lo", "up")
+            if self.rate is not None:
+                bucket = ("root", "tbf", "rate", self.rate, *TOKEN_BUCKET)
+                for namespace, device in ((name, INTERFACE), (self.hub, port)):
+                    tc = ("tc", "qdisc", "add", "dev", device, *bucket)
+                    ip("netns", "exec", namespace, *tc)
 
     def command(self, rank: int) -> list[str]:
         """Return what starts a program as this rank."""
@@ -256,15 +268,15 @@ class Rank:
 
 @contextlib.contextmanager
 def started(
-    network: Namespaces | Loopback, world_size: int, hook: str, steps: int, density: float
+    network: Namespaces | Loopback, script: str, world_size: int, *arguments: Any
 ) -> Iterator[list[Rank]]:
-    """Run the ranks; on the way out none is left."""
+    """Run `script --as-rank [rank, world_size, *arguments, interface, folder]` on every rank; on the way out none is left."""
     ranks: list[Rank] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
             for rank in range(world_size):
-                arguments = [rank, world_size, hook, steps, density, network.interface, folder]
-                program = [sys.executable, __file__, "--as-rank", json.dumps(arguments)]
+                given = [rank, world_size, *arguments, network.interface, folder]
+                program = [sys.executable, script, "--as-rank", json.dumps(given)]
                 ranks.append(Rank([*network.command(rank), *program]))
             yield ranks
         finally:
@@ -277,32 +289,38 @@ def started(
 def measure(
     network_class: type[Namespaces] | type[Loopback],
     world_size: int,
-    hook: str,
+    arms: list[str],
     steps: int,
     density: float,
-) -> dict[str, Any]:
-    """Return one row: what the ranks say they sent, and what their interfaces sent."""
+    layout: str,
+) -> Iterator[dict[str, Any]]:
+    """Yield a row per arm: what the ranks say they sent, and what their interfaces sent."""
     network = Namespaces(world_size) if network_class is Namespaces else Loopback()
-    with network, started(network, world_size, hook, steps, density) as ranks:
-        before, after = count(ranks), count(ranks)
-        counted = [rank.hear() for rank in ranks]
-        for rank in ranks:
-            rank.go_on()
-        for rank in ranks:
-            if rank.process.wait(60) != 0:
-                raise RuntimeError("bench_wire: a rank failed at the end; its error is above")
-    sent = [{key: b[key] - a[key] for key in a} for a, b in zip(before, after)]
-    if network_class is Loopback:  # every rank has read the same counters, which saw all of them
-        sent = [{key: value / world_size for key, value in one.items()} for one in sent]
+    arguments = (arms, steps, density, shapes_of(layout))
+    with network, started(network, __file__, world_size, *arguments) as ranks:
+        for arm in arms:
+            before, after = count(ranks), count(ranks)
+            sent = [{key: b[key] - a[key] for key in a} for a, b in zip(before, after)]
+            if network_class is Loopback:  # every rank has read the same counters, which saw all
+                sent = [{key: n / world_size for key, n in one.items()} for one in sent]
+            yield row_of(arm, steps, sent, [rank.hear() for rank in ranks])
+        leave(ranks)
+
+
+def row_of(
+    arm: str, steps: int, sent: list[dict[str, float]], counted: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return one arm's row from the differences of the ranks' counters and what the ranks say."""
+    world_size = len(sent)
     payload = [one["bytes"] - header_bytes() * one["packets"] for one in sent]
     expected = [one["bytes_sent"] for one in counted]
     percents = [100 * (there / here - 1) for there, here in zip(payload, expected)]
     per_step = world_size * steps
     return {
         "ranks": world_size,
-        "hook": hook,
+        "arm": arm,
         "steps": steps,
-        "counted_by": "metrics()" if hook == COMPRESSED else "2 (P - 1) / P x gradient bytes",
+        "counted_by": counted[0]["counted_by"],
         "counted_bytes_per_step": round(sum(expected) / per_step),
         "sent_bytes_per_step": round(sum(payload) / per_step),
         "difference_percent": round(100 * (sum(payload) / sum(expected) - 1), 4),
@@ -311,6 +329,15 @@ def measure(
         "packets_per_step": round(sum(one["packets"] for one in sent) / per_step, 1),
         "retransmitted_segments": round(sum(one["retransmitted"] for one in sent)),
     }
+
+
+def leave(ranks: list[Rank]) -> None:
+    """Let all ranks end."""
+    for rank in ranks:
+        rank.go_on()
+    for rank in ranks:
+        if rank.process.wait(60) != 0:
+            raise RuntimeError("bench_wire: a rank failed at the end; its error is above")
 
 
 def count(ranks: list[Rank]) -> list[dict[str, int]]:
@@ -330,8 +357,8 @@ def count(ranks: list[Rank]) -> list[dict[str, int]]:
 def show(row: dict[str, Any]) -> None:
     """Print one row."""
     print(
-        f"{row['ranks']} ranks, {row['hook']:<10} counted {row['counted_bytes_per_step']:>10,} B/step, sent "
-        f"{row['sent_bytes_per_step']:>10,} B/step: {row['difference_percent']:+.3f} % (worst rank "
+        f"{row['ranks']} ranks, {row['arm']:<10} counted {row['counted_bytes_per_step']:>11,} B/step, sent "
+        f"{row['sent_bytes_per_step']:>11,} B/step: {row['difference_percent']:+.3f} % (worst rank "
         f"{row['worst_rank_percent']:+.3f} %); with headers {row['frame_bytes_per_step']:,} B in "
         f"{row['packets_per_step']:,.0f} packets; {row['retransmitted_segments']} retransmitted",
         flush=True,
@@ -344,12 +371,14 @@ def end(number: int, frame: object) -> None:
 
 
 def main() -> int:
-    """Run dense and compressed at each world size, print the agreement, write the results file."""
+    """Run all arms at each world size, print the agreement, write the results file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--layout", choices=["resnet50", "short"], default="resnet50")
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--network", choices=["auto", "namespaces", "loopback"], default="auto")
     parser.add_argument("--output", type=Path, default=RESULTS / "bench_wire.json")
@@ -367,18 +396,18 @@ def main() -> int:
     print(f"network: {options.network}")
     rows = []
     for world_size in options.ranks:
-        for hook in (DENSE, COMPRESSED):
-            rows.append(measure(network, world_size, hook, options.steps, options.density))
-            show(rows[-1])
+        arguments = (list(options.arms), options.steps, options.density, options.layout)
+        for row in measure(network, world_size, *arguments):
+            rows.append(row)
+            show(row)
     goals = [
-        {
-            "goal": f"|sent - counted| of the worst of {row['ranks']} ranks, per cent",
-            "limit": f"<= {GOAL_PERCENT:g}",
-            "value": abs(row["worst_rank_percent"]),
-            "reached": abs(row["worst_rank_percent"]) <= GOAL_PERCENT,
-        }
+        goal(
+            f"{row['arm']}: |sent - counted| of the worst of {row['ranks']} ranks, per cent",
+            abs(row["worst_rank_percent"]),
+            at_most=GOAL_PERCENT,
+        )
         for row in rows
-        if row["hook"] == COMPRESSED
+        if row["arm"] in EXCHANGES
     ]
     write(
         {
@@ -388,7 +417,10 @@ def main() -> int:
             "settings": {
                 "network": "one veth pair per rank" if network is Namespaces else "loopback",
                 "backend": "gloo",
+                "layout": options.layout,
+                "bucket_mib": "25 (PowerSGD: one bucket)",
                 "density": options.density,
+                "value_format": "bf16",
                 "subtracted_per_packet_bytes": header_bytes(),
             },
             "goals": goals,

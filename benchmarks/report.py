@@ -180,6 +180,40 @@ def hook(result: Result) -> list[str]:
     ]
 
 
+def exchange_counts(result: Result) -> list[str]:
+    """Return count_exchange: how the volumes grow, ResNet-50 in full, and what split's consist of."""
+    rows: Rows = result["rows"]
+    about = ("model", "scope", "bucket_mib", "buckets")
+    renamed = {
+        "bucket_mib": "bucket, MiB",
+        "allgather_bytes": "allgather",
+        "split_bytes": "split",
+        "small_header_bytes": "split with small headers",
+    }
+
+    def pick(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+        return {renamed.get(key, words(key)): row[key] for key in keys}
+
+    last = max(row["ranks"] for row in rows)
+    default = [row for row in rows if row["model"] == "ResNet-50" and row["bucket_mib"] == "25"]
+    volumes = ("allgather_bytes", "split_bytes", "allgather_over_split", "small_header_bytes")
+    causes = ("two_payloads", "header", "k", "index", "alignment", "largest")
+    return [
+        f"### Bytes per rank, {last:,} ranks over 8\n\n"
+        + table(pick(row, *about, *list(renamed)[1:]) for row in result["growth"]),
+        "### ResNet-50 in buckets of 25 MiB, bytes per rank and step\n\n"
+        + table(pick(row, "scope", "ranks", *volumes) for row in default),
+        f"### What split sends at {last:,} ranks\n\n"
+        "Bytes per rank. `two payloads` is 2 (P - 1) / P payloads of uncut buckets; the causes of the rest add up to `split`.\n\n"
+        + table(
+            pick(row, *about, "split_bytes", *causes, "small_header_bytes")
+            for row in rows
+            if row["ranks"] == last
+        ),
+        *goals(result),
+    ]
+
+
 def any_result(result: Result) -> list[str]:
     """Return any other benchmark or study: its comparison, its goals and its rows."""
     sections = []
@@ -195,7 +229,11 @@ def any_result(result: Result) -> list[str]:
     return [*sections, *goals(result)]
 
 
-SECTIONS: dict[str, Callable[[Result], list[str]]] = {"bench_stages": stages, "bench_hook": hook}
+SECTIONS: dict[str, Callable[[Result], list[str]]] = {
+    "bench_stages": stages,
+    "bench_hook": hook,
+    "count_exchange": exchange_counts,
+}
 
 
 def goals(result: Result) -> list[str]:

@@ -209,7 +209,7 @@ def _command() -> str:
     arguments, skip = [], False
     for argument in sys.argv[1:]:
         if not skip and not argument.startswith("--output"):
-            arguments.append(argument)
+            arguments.append("DIR" if Path(argument).is_absolute() else argument)
         skip = argument == "--output"  # a path of this machine
     return shlex.join(["python", f"benchmarks/{program}", *arguments])
 

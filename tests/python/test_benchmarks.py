@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import ranks
 import torch
 
 import compressed_ddp
@@ -18,6 +19,8 @@ BENCHMARKS = REPOSITORY / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # the benchmarks are scripts, not a package
 
 import bench_stages  # noqa: E402
+import count_exchange  # noqa: E402
+import exchange_arms  # noqa: E402
 import timing  # noqa: E402
 
 # By its path: the examples have a report.py, too, which other tests of this process import.
@@ -74,9 +77,9 @@ def test_the_command_of_a_result_names_no_folder(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         sys,
         "argv",
-        ["/somewhere/bench_stages.py", "--sizes", "25", "--output", "/elsewhere/a.json"],
+        ["/somewhere/bench_stages.py", "--sizes", "25", "/built", "--output", "/elsewhere/a.json"],
     )
-    assert timing._command() == "python benchmarks/bench_stages.py --sizes 25"
+    assert timing._command() == "python benchmarks/bench_stages.py --sizes 25 DIR"
 
 
 # ---- bench_stages
@@ -167,6 +170,112 @@ def test_bench_hook_end_to_end(tmp_path: pathlib.Path) -> None:
     assert {"built-in", "C++ entry", "Python entry", "Python all-reduce", "kernels"} <= rows.keys()
     assert "orchestration_us" in rows["C++ entry"]
     assert "over_built_in_us" not in rows["built-in"]
+
+
+# ---- the exchanges
+
+# ResNet-50's second block of stages, small enough to be quick; all_reduce_ knows no 1-D parameters, so those are the short ones here.
+PART_OF_RESNET50 = [(numel, numel < 1024) for numel, _ in bench_stages.resnet50_parameters()[30:75]]
+EXCHANGE_BUCKETS = {
+    "resnet50": PART_OF_RESNET50,
+    "one tensor": [(20_001, False)],
+    "fewer units than ranks": [(130, True)],
+    "dense at both ends": [(700, True), (5000, False), (1023, True), (1024, False), (64, True)],
+}
+
+
+def bytes_of_all_buckets(rank: int, world_size: int, exchange: str, scope: str) -> dict[str, float]:
+    found = {}
+    for name, bucket in EXCHANGE_BUCKETS.items():
+        state = compressed_ddp.TopKEFState(
+            density=0.01, scope=scope, exchange=exchange, dense_steps=0
+        )
+        segments = [numel for numel, _ in bucket]
+        for _ in range(2):  # in the first step the ranks compare themselves
+            compressed_ddp.all_reduce_(
+                torch.randn(sum(segments)), state, name="w", segments=segments
+            )
+        found[name] = state.metrics()["compressed_ddp/bytes_sent"]
+    return found
+
+
+@pytest.mark.parametrize("scope", ["tensor", "chunk"])
+@pytest.mark.parametrize("exchange", ["allgather", "split"])
+@pytest.mark.parametrize("world_size", [2, 3, 5], ids="ranks={}".format)
+def test_the_counted_volume_is_that_of_real_ranks(
+    world_size: int, exchange: str, scope: str
+) -> None:
+    by_rank = ranks.run(world_size, bytes_of_all_buckets, exchange, scope)
+    for name, bucket in EXCHANGE_BUCKETS.items():
+        parts = count_exchange.parts_of(bucket, scope)
+        expected = count_exchange.bytes_sent(parts, exchange, world_size)
+        assert [found[name] for found in by_rank] == expected, name
+
+
+def test_the_counted_volume_is_that_of_the_benchmark_on_the_wire() -> None:
+    results = report.read_results()
+    counted = {
+        (row["ranks"], exchange): row[f"{exchange}_bytes"]
+        for row in results["count_exchange"]["rows"]
+        if (row["model"], row["scope"], row["bucket_mib"]) == ("ResNet-50", "tensor", "25")
+        for exchange in exchange_arms.EXCHANGES
+    }
+    rows = [row for row in results["bench_wire"]["rows"] if row["arm"] in exchange_arms.EXCHANGES]
+    assert {row["ranks"] for row in rows} == {2, 4, 8}
+    for row in rows:
+        assert row["counted_bytes_per_step"] == counted[row["ranks"], row["arm"]]
+
+
+@pytest.mark.parametrize("scope", ["tensor", "chunk"])
+def test_what_split_sends_beyond_two_payloads_adds_up(scope: str) -> None:
+    parts = [count_exchange.parts_of(PART_OF_RESNET50, scope)]
+    for world_size in (2, 7, 64):
+        found = count_exchange.count(parts, world_size)
+        causes = ("two_payloads", "header", "k", "index", "alignment", "largest")
+        assert abs(sum(found[key] for key in causes) - found["split_bytes"]) <= len(causes)
+        every = count_exchange.bytes_sent(parts[0], "split", world_size)
+        assert found["split_bytes"] == round(sum(every) / world_size)
+        assert found["split_worst_rank_bytes"] == max(every)
+        assert found["small_header_bytes"] < found["split_bytes"]
+
+
+def test_halves_are_rounded_as_in_c() -> None:
+    values = [0.5, 1.5, 2.5, 2.4999999999999996, -0.5, 0.49999999999999994]
+    assert [*map(count_exchange.half_away_from_zero, values)] == [1, 2, 3, 2, -1, 0]
+
+
+def test_power_sgd_sends_two_factors_and_what_it_leaves_alone() -> None:
+    shapes = [(64, 3, 7, 7), (64,), (4, 4), (4, 3)]  # the last two: 8 x 2 is not below 16
+    assert exchange_arms.power_sgd_numel(shapes) == 64 + 147 + 64 + 16 + 12
+
+
+@pytest.mark.slow
+def test_bench_wire_end_to_end(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "wire.json"
+    arguments = ["--network", "loopback", "--layout", "short", "--ranks", 2, "--steps", 2]
+    command = [sys.executable, BENCHMARKS / "bench_wire.py", *arguments, "--output", output]
+    # The goals may be missed: whatever else uses the loopback counts, too.
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, timeout=110, check=False
+    )
+    assert output.is_file(), done.stdout + done.stderr
+    result = json.loads(output.read_text())
+    assert [row["arm"] for row in result["rows"]] == [*exchange_arms.ARMS]
+    for row in result["rows"]:
+        assert row["sent_bytes_per_step"] >= row["counted_bytes_per_step"] > 0
+    assert len(result["goals"]) == 2
+
+
+@pytest.mark.slow
+def test_bench_wire_time_end_to_end(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "time.json"
+    arguments = ["--network", "loopback", "--layout", "short", "--ranks", 2]
+    arguments += ["--turns", 2, "--warm-up", 1, "--rates", "none"]
+    run_script("bench_wire_time.py", *arguments, "--output", output)
+    result = json.loads(output.read_text())
+    assert [row["arm"] for row in result["rows"]] == [*exchange_arms.ARMS]
+    assert all(row["ms"]["median"] > 0 for row in result["rows"])
+    assert result["goals"] == []  # of a rate that was not asked for
 
 
 # ---- report

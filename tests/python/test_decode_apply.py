@@ -150,11 +150,20 @@ def test_a_flipped_header_byte_is_refused_with_rank_and_field(field, at):
         refused(gathered, words, step=9)
 
 
-@pytest.mark.parametrize("bit", [2, 0x80])
+@pytest.mark.parametrize("bit", [4, 0x80])
 def test_an_unknown_flag_is_refused(bit):
     gathered = encoded_by(ops, SMALL, 3)
     gathered[2, 6] ^= bit
     refused(gathered, "the payload of rank 2 is not what this rank expects (flags beyond the")
+
+
+def test_a_header_in_place_of_a_payload_is_refused_and_says_where_to_look():
+    gathered = encoded_by(ops, SMALL, 3)
+    gathered[2, 6] ^= 2
+    refused(
+        gathered,
+        "the payload of rank 2 is not what this rank expects (it had received a payload that it could not use",
+    )
 
 
 @each_value_format
