@@ -322,11 +322,12 @@ class TopKEFState:
         buckets are done (with NCCL, for the other ranks' payloads, too), and in the middle of a backward pass tells of the buckets so far.
 
         `compressed_ddp/` + `bytes_sent` (put on the network by this rank; of it `bytes_sent_all_gather`, `bytes_sent_all_to_all` and
-        `bytes_sent_all_reduce` in the collectives of gradients, `bytes_sent_agreement` in comparisons of the ranks), `dense_bytes` (what a ring all-reduce in the
-        gradient's dtype would have put there), `compression_ratio` (gradient bytes / payload bytes), `wire_ratio` (dense_bytes /
-        bytes_sent; nan when nothing was sent), `gradient_norm`, `residual_norm`, `captured_energy` (share of the squared norm of
-        gradient + residual that left the residual), `step` (number of steps completed). Norms are fp32 sums per block of
-        65,536 entries (CUDA: at most 4,096).
+        `bytes_sent_all_reduce` in the collectives of gradients, `bytes_sent_agreement` in comparisons of the ranks),
+        `dense_bytes` (what a ring all-reduce in the gradient's dtype would have put there), `compression_ratio` (gradient bytes /
+        payload bytes), `wire_ratio` (dense_bytes / bytes_sent; nan when nothing was sent), `gradient_norm`, `residual_norm`,
+        `captured_energy` (share of the squared norm of gradient + residual that left the residual), `step` (number of steps
+        completed). Norms are fp32 sums per block of 65,536 entries (CUDA: at most 4,096). With CUDA and exchange="split" they do not
+        count what came back because no owner selected it.
         """
         return dict(self._engine.metrics())
 

@@ -18,7 +18,8 @@ LAYOUT = Layout(SEGMENTS, [0, -1, 1], [60, 20])
 KEYS = {
     f"compressed_ddp/{key}"
     for key in (
-        "bytes_sent", "bytes_sent_all_gather", "bytes_sent_all_to_all", "bytes_sent_all_reduce", "bytes_sent_agreement", "dense_bytes", "compression_ratio", "wire_ratio", "residual_norm", "gradient_norm", "captured_energy", "step",
+        "bytes_sent", "bytes_sent_all_gather", "bytes_sent_all_to_all", "bytes_sent_all_reduce", "bytes_sent_agreement",
+        "dense_bytes", "compression_ratio", "wire_ratio", "residual_norm", "gradient_norm", "captured_energy", "step",
     )
 }  # fmt: skip
 
