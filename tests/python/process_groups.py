@@ -99,7 +99,7 @@ def changed_groups(
 ) -> dist.ProcessGroup:
     """A group for one new TopKEFState, over `inner`; `second` is for the group that the state makes for second collectives.
 
-    Call it on a rank of its own process: it replaces the function by which states make their second group.
+    It replaces the function by which states make their second group, once.
     """
     group = ChangedGroup(inner or dist.group.WORLD, first)
     make = state_module._second_group
@@ -107,6 +107,7 @@ def changed_groups(
     weakref.finalize(group, kept.clear)
 
     def second_group(asked: dist.ProcessGroup) -> dist.ProcessGroup:
+        state_module._second_group = make
         kept.append(ChangedGroup(make(inner or dist.group.WORLD), second))
         return kept[-1]
 

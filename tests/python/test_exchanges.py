@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import contracts
@@ -32,7 +33,6 @@ from ddp_models import (
     assert_equals_oracle,
     assert_residuals,
     assert_same_bits,
-    both_entries,
     both_scopes,
     build,
     gradients_on,
@@ -42,7 +42,7 @@ from ddp_models import (
     train,
 )
 from process_groups import Between, changed_groups, needs_python_groups
-from stage_cases import DTYPES, each_value_format
+from stage_cases import DTYPES, VALUE_FORMATS, each_value_format
 from test_failures import VICTIM, Survived, assert_says, failing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -50,10 +50,41 @@ from torch.nn.parallel import DistributedDataParallel
 from compressed_ddp import TopKEFState, all_reduce_, all_reduce_gradients, topk_ef_hook
 from compressed_ddp._native import _C
 
-SEGMENTS = [5000, 60, 1700, 9, 130]  # those of 60 and 9 are shorter than min_compress_numel
+SEGMENTS = [4300, 60, 1700, 9, 130]  # those of 60 and 9 are shorter than min_compress_numel
 DENSITY, MIN_COMPRESS_NUMEL = 0.02, 100
 EXCHANGES = ["allgather", "split", "dense"]
 WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3, 4], ids="ranks={}".format)
+
+
+def all_pairs(*columns: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Combinations in which every two values of two columns come together; greedy, the same in every run."""
+    columns_in_twos = list(itertools.combinations(range(len(columns)), 2))
+    left = {
+        (i, a, j, b) for i, j in columns_in_twos for a in range(len(columns[i])) for b in range(len(columns[j]))
+    }  # fmt: skip
+    everything = list(itertools.product(*(range(len(column)) for column in columns)))
+    chosen = []
+    while left:
+
+        def new_pairs(row: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
+            return {(i, row[i], j, row[j]) for i, j in columns_in_twos} & left  # noqa: B023
+
+        best = max(everything, key=lambda row: len(new_pairs(row)))
+        left -= new_pairs(best)
+        chosen.append(tuple(column[at] for column, at in zip(columns, best)))
+    return chosen
+
+
+def in_pairs(**factors: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parameters of a test, as all_pairs."""
+    return pytest.mark.parametrize(
+        list(factors),
+        all_pairs(*factors.values()),
+        ids=lambda value: value if isinstance(value, str) else None,
+    )
+
+
+SCOPES, ENTRIES = ["tensor", "bucket", "chunk"], ["python", "cpp"]
 
 
 def parts_of(segments: list[int], scope: str) -> list[contracts.Part]:
@@ -167,7 +198,8 @@ def test_results_and_residuals_equal_the_oracle_bit_for_bit(
     pools: ranks.Pools, world_size: int, scope: str, value_format: str, seed: int
 ) -> None:
     options = (("scope", scope), ("value_format", value_format))
-    runs = [Run(kind, seed, options=options) for kind in ("integers", "normal")]
+    # From the second step on the residuals hold what came back.
+    runs = [Run(kind, seed, n, options=options) for kind, n in (("integers", 2), ("normal", 3))]
     for run, by_rank in zip(runs, zip(*pools.run(world_size, reduce_steps_of_all, runs))):
         assert_equals_split_oracle(list(by_rank), run)
 
@@ -181,8 +213,7 @@ def test_gradients_in_16_bits_equal_the_oracle(
     assert_equals_split_oracle(pools.run(3, reduce_steps, run), run)
 
 
-@each_value_format
-@both_scopes
+@in_pairs(scope=SCOPES, value_format=VALUE_FORMATS)
 def test_without_error_feedback_nothing_is_kept_and_results_equal_the_oracle(
     pools: ranks.Pools, scope: str, value_format: str, seed: int
 ) -> None:
@@ -254,15 +285,13 @@ def not_conserved(steps: list[Step], compressed: Tensor) -> Tensor:
     return total[compressed]
 
 
-@each_value_format
-@both_scopes
-@pytest.mark.parametrize("world_size", [2, 4], ids="ranks={}".format)
+@in_pairs(world_size=[2, 4], scope=SCOPES, value_format=VALUE_FORMATS)
 def test_on_integer_gradients_nothing_is_lost_or_made(
     pools: ranks.Pools, world_size: int, scope: str, value_format: str, seed: int
 ) -> None:
     """Bit for bit, but for mean magnitudes, which are rounded."""
     options = (("scope", scope), ("value_format", value_format))
-    run = Run("integers", seed, 30, options=options)
+    run = Run("integers", seed, 20, options=options)
     steps = steps_of(pools.run(world_size, reduce_steps, run), run)
     assert_replicas_are_identical(steps)
     off = not_conserved(steps, compressed_of(run.segments)).abs().max()
@@ -276,14 +305,12 @@ def test_on_integer_gradients_nothing_is_lost_or_made(
         assert torch.equal(step.results[0][dense], mean[dense]), "dense segments are averaged"
 
 
-@each_value_format
-@both_scopes
-@pytest.mark.parametrize("world_size", [2, 3], ids="ranks={}".format)
+@in_pairs(world_size=[2, 3], scope=SCOPES, value_format=VALUE_FORMATS)
 def test_on_a_stationary_stream_the_residuals_stop_growing(
     pools: ranks.Pools, world_size: int, scope: str, value_format: str, seed: int
 ) -> None:
     options = (("scope", scope), ("value_format", value_format), ("density", 0.1))
-    run = Run("normal", seed, 80, (3000, 60, 800), options=options)
+    run = Run("normal", seed, 60, (3000, 60, 800), options=options)
     steps = steps_of(pools.run(world_size, reduce_steps, run), run)
     assert_replicas_are_identical(steps)
     off = not_conserved(steps, compressed_of(run.segments)).abs().max()
@@ -295,7 +322,13 @@ def test_on_a_stationary_stream_the_residuals_stop_growing(
     assert norm(steps[-1]) <= 1.2 * norm(steps[len(steps) // 2])
 
 
-@each_value_format
+OUT_TWICE = pytest.mark.xfail(
+    strict=True,
+    reason="an owner keeps what the rounding of an average lost although that average became 0 in fp16 and every sender took its part back",
+)
+
+
+@pytest.mark.parametrize("value_format", ["fp32", pytest.param("bf16", marks=OUT_TWICE), "sign"])
 def test_an_average_below_what_fp16_can_hold_goes_back_once(
     pools: ranks.Pools, value_format: str
 ) -> None:
@@ -317,6 +350,26 @@ def reduce_a_tiny_entry(rank: int, world_size: int, value_format: str) -> Seen:
     return Seen(torch.zeros(4096), residual_of(state, 4096), tensor, state.metrics())
 
 
+def reduce_tiny_entries_once(rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient, sum of all results, residual: in units of fp16's smallest number. After the first step all gradients are zero."""
+    state = TopKEFState(density=0.01, dense_steps=0, exchange="split", value_format="sign")
+    unit = 2.0**-24
+    given = torch.randint(-1, 2, (4096,), generator=torch.Generator().manual_seed(rank)).float()
+    results = torch.zeros(4096)
+    for step in range(20):
+        tensor = (given * unit if step == 0 else torch.zeros(4096)).half()
+        all_reduce_(tensor, state, name="w")
+        results += tensor.float() / unit
+    return given, results, residual_of(state, 4096) / unit
+
+
+@OUT_TWICE
+def test_averages_below_what_fp16_can_hold_do_not_grow_out_of_nothing(pools: ranks.Pools) -> None:
+    given, results, kept = zip(*pools.run(4, reduce_tiny_entries_once))
+    off = 4 * results[0] + sum(kept) - sum(given)
+    assert off.abs().max() <= 1.5  # results are rounded to units
+
+
 # ---- every combination, in pairs
 
 FACTORS: dict[str, list[Any]] = {
@@ -328,26 +381,6 @@ FACTORS: dict[str, list[Any]] = {
     "world_size": [2, 3, 4],
 }
 CELL_STEPS = 4
-
-
-def all_pairs(factors: dict[str, list[Any]]) -> list[tuple[Any, ...]]:
-    """Combinations in which every two values of two factors come together; greedy, the same in every run."""
-    columns = list(factors.values())
-    columns_in_twos = list(itertools.combinations(range(len(columns)), 2))
-    left = {
-        (i, a, j, b) for i, j in columns_in_twos for a in range(len(columns[i])) for b in range(len(columns[j]))
-    }  # fmt: skip
-    everything = list(itertools.product(*(range(len(column)) for column in columns)))
-    chosen = []
-    while left:
-
-        def new_pairs(row: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
-            return {(i, row[i], j, row[j]) for i, j in columns_in_twos} & left  # noqa: B023
-
-        best = max(everything, key=lambda row: len(new_pairs(row)))
-        left -= new_pairs(best)
-        chosen.append(tuple(column[at] for column, at in zip(columns, best)))
-    return chosen
 
 
 def case_of(scope: str, exchange: str, value_format: str, entry: str, dtype: torch.dtype) -> Case:
@@ -428,7 +461,7 @@ def check_cell(records: list[Record], case: Case) -> None:
 
 @pytest.mark.parametrize(
     "cell",
-    all_pairs(FACTORS),
+    all_pairs(*FACTORS.values()),
     ids=lambda cell: "-".join(str(value).removeprefix("torch.") for value in cell),
 )
 def test_all_pairs_of_options_entries_and_dtypes(pools: ranks.Pools, cell: tuple[Any, ...]) -> None:
@@ -495,10 +528,12 @@ def assert_each_step_equals_the_oracle(
                 assert_residuals(residuals, oracle, rank)
 
 
-@pytest.mark.parametrize("name", ["first_weight", "second_weight", "third_bias"])
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-@each_value_format
-@both_entries
+@in_pairs(
+    entry=ENTRIES,
+    value_format=VALUE_FORMATS,
+    value=[math.inf, math.nan],
+    name=["first_weight", "second_weight", "third_bias"],
+)
 def test_one_non_finite_value_makes_the_whole_bucket_nan_on_every_rank_and_is_undone(
     pools: ranks.Pools, entry: str, value_format: str, value: float, name: str
 ) -> None:
@@ -538,9 +573,7 @@ def reduce_with_nan_at(
     return seen
 
 
-@each_value_format
-@both_entries
-@pytest.mark.parametrize("world_size", [2, 4], ids="ranks={}".format)
+@in_pairs(world_size=[2, 4], entry=ENTRIES, value_format=VALUE_FORMATS)
 def test_rollback_gives_back_exactly_what_a_good_step_took(
     pools: ranks.Pools, world_size: int, entry: str, value_format: str
 ) -> None:
@@ -578,9 +611,7 @@ def train_from(
     return Resumed(gradients, copy.deepcopy(state.state_dict()))
 
 
-@each_value_format
-@both_scopes
-@both_entries
+@in_pairs(entry=ENTRIES, scope=SCOPES, value_format=VALUE_FORMATS)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     pools: ranks.Pools, entry: str, scope: str, value_format: str
 ) -> None:
@@ -601,9 +632,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
                 assert_same_bits(one[name], other[name], name)
 
 
-@pytest.mark.parametrize("value_format", ["fp32", "bf16"])
-@both_scopes
-@both_entries
+@in_pairs(entry=ENTRIES, scope=SCOPES, value_format=["fp32", "bf16"])
 def test_parameters_that_are_not_used_keep_their_residual_and_send_nothing(
     pools: ranks.Pools, entry: str, scope: str, value_format: str
 ) -> None:
@@ -671,7 +700,7 @@ def die(payload: Tensor) -> Tensor:
 
 
 def stall(payload: Tensor) -> Tensor:
-    time.sleep(8.0)
+    time.sleep(5.0)
     return payload
 
 
@@ -703,8 +732,8 @@ def assert_nothing_is_lost(
 @needs_python_groups
 @pytest.mark.parametrize(
     "case",
-    [FAILING, ONE_BUCKET, ONE_BUCKET_BF16],
-    ids=["several_buckets", "one_bucket", "one_bucket_in_bf16"],
+    [FAILING, ONE_BUCKET_BF16],
+    ids=["several_buckets", "one_bucket_in_bf16"],
 )
 def test_a_rank_killed_between_the_two_collectives_gives_words_and_nothing_is_lost(
     case: Case,
@@ -749,11 +778,10 @@ def test_a_rank_stalled_between_the_two_collectives_is_an_error_after_the_groups
 
 
 @pytest.mark.parametrize(
-    "fatal_parameter",
-    ["third_bias", "first_weight"],
+    ("entry", "fatal_parameter"),
+    [("python", "third_bias"), ("cpp", "first_weight")],
     ids=["before_its_first_hook", "after_its_first_hook"],
 )
-@both_entries
 def test_a_killed_peer_gives_words_at_once_and_a_residual_that_lost_nothing(
     entry: str, fatal_parameter: str
 ) -> None:
@@ -826,9 +854,11 @@ def assert_failed_without_a_trace(outcomes: list[Any]) -> None:
 @stand_in.host_contract
 @needs_python_groups
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_payload_is_named_by_its_owner_and_refused_by_all(damage: str) -> None:
+def test_a_damaged_payload_is_named_by_its_owner_and_refused_by_all(
+    pools: ranks.Pools, damage: str
+) -> None:
     first = Between(before_all_to_all=Damage(damage))  # the part for owner 0
-    outcomes = ranks.run(3, train_until, ONE_BUCKET, first, Between())
+    outcomes = pools.run(3, train_until, ONE_BUCKET, first, Between())
     assert_says(outcomes[0][0].message, "the payload of rank 1", DAMAGES[damage], "at step 3")
     for rank in (1, 2):
         assert_says(
@@ -842,10 +872,10 @@ def test_a_damaged_payload_is_named_by_its_owner_and_refused_by_all(damage: str)
 
 @stand_in.host_contract
 @needs_python_groups
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_average_is_refused_by_all(damage: str) -> None:
+@pytest.mark.parametrize("damage", ["magic", "index_bits"])
+def test_a_damaged_average_is_refused_by_all(pools: ranks.Pools, damage: str) -> None:
     second = Between(before_all_gather=Damage(damage))
-    outcomes = ranks.run(3, train_until, ONE_BUCKET, Between(), second)
+    outcomes = pools.run(3, train_until, ONE_BUCKET, Between(), second)
     for rank, (failed, _, _) in enumerate(outcomes):
         assert_says(
             failed.message, "the payload of rank 1", DAMAGES[damage], f"on rank {rank} of 3"
@@ -854,23 +884,25 @@ def test_a_damaged_average_is_refused_by_all(damage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("on_rank_0", "on_rank_1", "words"),
+    ("on_rank_0", "on_rank_1", "start_step"),
     [
-        ("split", "allgather", "exchange: rank 0 has split, rank 1 has allgather"),
-        ("dense", "split", "exchange: rank 0 has dense, rank 1 has split"),
-        (None, "split", "exchange: rank 0 has allgather, rank 1 has split"),
-        ("allgather", "dense", "exchange: rank 0 has allgather, rank 1 has dense"),
+        ("split", "allgather", None),
+        ("split", "allgather", 5),  # after a load
+        ("dense", "split", None),
+        ("dense", "split", 5),
+        (None, "split", None),
+        ("allgather", "dense", 5),
     ],
 )
-@pytest.mark.parametrize("start_step", [None, 5], ids=["at_step_0", "after_a_load"])
 def test_ranks_with_different_exchanges_disagree_in_words(
-    pools: ranks.Pools, on_rank_0: str, on_rank_1: str, words: str, start_step: int | None
+    pools: ranks.Pools, on_rank_0: str | None, on_rank_1: str, start_step: int | None
 ) -> None:
     options = [{"density": 0.05, "exchange": exchange} for exchange in (on_rank_0, on_rank_1)]
     outcomes = pools.run(
         2, test_agreement.disagree_about_options, "python", options, [start_step] * 2
     )
     case = Case(steps=3, state=test_agreement.FRESH)
+    words = f"exchange: rank 0 has {on_rank_0 or 'allgather'}, rank 1 has {on_rank_1}"
     test_agreement.assert_clear_and_harmless(outcomes, case, words)
 
 
@@ -924,10 +956,10 @@ def reduce_at_once(
 
 @needs_python_groups
 def test_buckets_that_come_to_their_second_collective_in_another_order_on_each_rank_give_the_same(
-    seed: int,
+    pools: ranks.Pools, seed: int
 ) -> None:
-    on_time = ranks.run(3, reduce_at_once, seed, False)
-    delayed = ranks.run(3, reduce_at_once, seed, True)
+    on_time = pools.run(3, reduce_at_once, seed, False)
+    delayed = pools.run(3, reduce_at_once, seed, True)
     for (results, residuals), (expected, expected_residuals) in zip(delayed, on_time):
         for name in NAMES:
             assert_same_bits(residuals[name], expected_residuals[name], name)
@@ -987,9 +1019,7 @@ def test_two_states_on_two_process_groups_at_once_do_not_disturb_each_other(
 # ---- exchange="dense"
 
 
-@pytest.mark.parametrize("kind", [integers, normal], ids=["integers", "normal"])
-@WORLD_SIZES
-@both_entries
+@in_pairs(entry=ENTRIES, world_size=[2, 3, 4], kind=[integers, normal])
 def test_dense_equals_ddp_without_a_hook_and_keeps_nothing(
     pools: ranks.Pools, entry: str, world_size: int, kind: Any
 ) -> None:
@@ -1042,9 +1072,7 @@ def figures(seen: Seen) -> dict[str, float]:
     }
 
 
-@each_value_format
-@both_scopes
-@WORLD_SIZES
+@in_pairs(world_size=[2, 3, 4], scope=SCOPES, value_format=VALUE_FORMATS)
 def test_bytes_sent_are_those_of_the_layouts(
     pools: ranks.Pools, world_size: int, scope: str, value_format: str, seed: int
 ) -> None:
