@@ -49,9 +49,10 @@ struct Engine::Run {
     --progress->in_flight;
     progress->idle.notify_all();
   }
-  void fail(std::exception_ptr failure) const {
+  void fail(std::exception_ptr failure, int not_begun) const { // a collective, if there is one of this number
     settle(true);
     future->setError(std::move(failure));
+    if (not_begun < num_collectives) order->lose();
   }
   void complete(bool bad) {
     settle(bad);
@@ -69,23 +70,24 @@ struct Engine::Run {
   static void then(const std::shared_ptr<Run>& run, int collective, const c10::intrusive_ptr<Future>& done) {
     done->addCallback([run, collective](Future& collected) {
       bool bad = false, arrived = false;
+      std::exception_ptr failure;
       try {
         if (collected.hasError()) std::rethrow_exception(collected.exception_ptr());
         arrived = true;
         bad = run->finish(collective);
       } catch (const std::exception& error) {
-        if (run->ticket >= 0 && collective == 0) run->order->launch(run->ticket, nullptr);
-        return run->fail(failed_exchange(run->place, error, arrived));
+        failure = failed_exchange(run->place, error, arrived);
       } catch (...) {
-        if (run->ticket >= 0 && collective == 0) run->order->launch(run->ticket, nullptr);
-        return run->fail(std::current_exception());
+        failure = std::current_exception();
       }
+      if (failure != nullptr) return run->fail(failure, collective + 1);
       if (collective + 1 == run->num_collectives) return run->complete(bad);
-      run->order->launch(run->ticket, [run, collective]() -> std::function<void()> {
+      run->order->launch(run->ticket, [run, collective](bool is_lost) -> LaunchOrder::Begun {
         try {
-          return [run, next = collective + 1, done = run->begin(collective + 1)] { then(run, next, done); };
+          if (is_lost) throw std::runtime_error("an earlier exchange has failed on this rank, and the ranks' collectives no longer match");
+          return {true, [run, next = collective + 1, done = run->begin(collective + 1)] { then(run, next, done); }};
         } catch (const std::exception& error) {
-          return [run, failure = failed_exchange(run->place, error)] { run->fail(failure); };
+          return {false, [run, collective, failure = failed_exchange(run->place, error)] { run->fail(failure, collective + 1); }};
         }
       });
     });
@@ -108,6 +110,7 @@ void Engine::start(std::shared_ptr<Run> run, const Request& request) {
     done = run->begin(0);
   } catch (const std::exception& error) {
     run->settle(true);
+    if (run->num_collectives > 1) launch_order_->lose();
     std::rethrow_exception(failed_exchange(run->place, error));
   }
   if (run->num_collectives > 1) {

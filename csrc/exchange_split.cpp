@@ -104,7 +104,8 @@ class SplitExchange final : public Exchange {
   }
 
   void restore(const uint32_t* condition) override {
-    if (has_added_lost_) own().add_lost(average_.const_data_ptr<uint8_t>(), lost_.const_data_ptr<float>(), -world_size_factor(), condition);
+    if (has_added_lost_)
+      own().add_lost(average_.const_data_ptr<uint8_t>(), lost_.const_data_ptr<float>(), -world_size_factor(), type_, condition);
     has_added_lost_ = has_added_lost_ && condition != nullptr; // a device undoes it once by itself
     for (size_t o = 0; o < stages_.size(); ++o)
       if (stages_[o] != nullptr) stages_[o]->restore(payload_for(o), condition);
@@ -137,7 +138,7 @@ class SplitExchange final : public Exchange {
     owner_->compensate_select_and_encode(sum_.const_data_ptr(), GradientType::kFloat32, all_used, {ranks_.rank, ranks_.world_size, step_},
                                          average_.data_ptr<uint8_t>());
     if (!lost_.defined()) return;
-    own().add_lost(average_.const_data_ptr<uint8_t>(), lost_.const_data_ptr<float>(), world_size_factor(), nullptr);
+    own().add_lost(average_.const_data_ptr<uint8_t>(), lost_.const_data_ptr<float>(), world_size_factor(), type_, nullptr);
     has_added_lost_ = true;
   }
 

@@ -88,6 +88,11 @@ inline uint32_t selection_key(float value) {
 }
 inline bool is_finite_key(uint32_t key) { return key < kInfinityKey; }
 
+// The key of the largest magnitude that rounds to 0 in a type: half of its smallest number, which is a tie.
+inline constexpr uint32_t largest_zero_key(GradientType type) {
+  return type == GradientType::kFloat32 ? 0u : type == GradientType::kFloat16 ? 0x33000000u : 0x00008000u; // 0, 2^-25, 2^-134
+}
+
 // A value as bf16 on the wire: to nearest, ties to even, but never from finite to Inf; every NaN as 0x7fc0. The difference to a finite
 // value is exact in fp32.
 inline uint16_t wire_bfloat16(float value) {

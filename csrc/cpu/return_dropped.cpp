@@ -36,9 +36,9 @@ double return_dropped(const Layout& layout, const Entries& entries, const void* 
   return returned_sq;
 }
 
-void add_lost(const Layout& layout, const Entries& entries, const float* lost, float factor, float* const* residuals) {
+void add_lost(const Layout& layout, const Entries& entries, const float* lost, float factor, GradientType type, float* const* residuals) {
   for_each_residual(layout, entries, residuals, [&](int64_t entry, int64_t index, float& residual) {
-    if (entries.values[static_cast<size_t>(entry)] != 0) residual += factor * lost[index];
+    if (selection_key(entries.values[static_cast<size_t>(entry)]) > largest_zero_key(type)) residual += factor * lost[index];
   });
 }
 

@@ -18,8 +18,9 @@ namespace compressed_ddp {
 double return_dropped(const Layout& layout, const Entries& entries, const void* bucket, GradientType type, float* const* residuals,
                       uint32_t* returned);
 
-// residual += factor * lost[index] for every entry that decodes to something else than 0. `entries`: of the payload that holds the
-// averages of this range, `lost` [numel]: the average minus what it decodes to; factor = world_size, or -world_size to undo it.
-void add_lost(const Layout& layout, const Entries& entries, const float* lost, float factor, float* const* residuals);
+// residual += factor * lost[index] for every entry that is not 0 in a result of `type`: of the others all comes back by return_dropped.
+// `entries`: of the payload that holds the averages of this range, `lost` [numel]: the average minus what it decodes to; factor =
+// world_size, or -world_size to undo it.
+void add_lost(const Layout& layout, const Entries& entries, const float* lost, float factor, GradientType type, float* const* residuals);
 
 } // namespace compressed_ddp

@@ -35,11 +35,12 @@ __global__ void __launch_bounds__(kThreads) return_dropped_kernel(DevicePlan pla
 }
 
 template <ValueFormat format>
-__global__ void __launch_bounds__(kThreads) add_lost_kernel(DevicePlan plan, AddLostArguments a) {
+__global__ void __launch_bounds__(kThreads) add_lost_kernel(DevicePlan plan, AddLostArguments a, uint32_t largest_zero) {
   if ((a.condition != nullptr && *a.condition == 0) || *a.sent == 0) return;
   const PayloadView payload = payload_view(plan, a.payload);
   for_each_entry(plan, payload, blockIdx.x, [&](int64_t entry, int64_t index) {
-    if (decoded_value<format>(plan, payload, entry, {0, plan.num_groups}) == 0) return;
+    const float value = decoded_value<format>(plan, payload, entry, {0, plan.num_groups});
+    if ((__float_as_uint(value) & 0x7fffffffu) <= largest_zero) return;
     float* residual = residual_of(plan, a.residuals, index);
     if (residual != nullptr) *residual = __fadd_rn(*residual, __fmul_rn(a.factor, a.lost[index]));
   });
@@ -72,8 +73,9 @@ void return_dropped(const DevicePlan& plan, const ReturnDroppedArguments& argume
 void add_lost(const DevicePlan& plan, const AddLostArguments& arguments, cudaStream_t stream) {
   if (plan.selected_numel == 0) return;
   const auto blocks = static_cast<unsigned>(plan.sections.directory_numel);
-  with_value_format(plan.value_format,
-                    [&](auto format) { add_lost_kernel<format.value><<<blocks, kThreads, 0, stream>>>(plan, arguments); });
+  with_value_format(plan.value_format, [&](auto format) {
+    add_lost_kernel<format.value><<<blocks, kThreads, 0, stream>>>(plan, arguments, largest_zero_key(arguments.type));
+  });
   check(cudaGetLastError(), "add_lost");
 }
 

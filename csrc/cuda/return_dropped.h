@@ -20,6 +20,7 @@ struct AddLostArguments { // all pointers in device memory
   const uint8_t* payload; // of the averages, written by this process for this layout, or zeros
   const float* lost;      // [numel]
   float factor;
+  GradientType type; // of the result
   float* const* residuals;
   const uint32_t* condition; // nothing happens if it points to 0; nullptr = always
   const uint32_t* sent;      // nothing happens if it points to 0

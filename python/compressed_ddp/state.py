@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import re
 import warnings
@@ -122,7 +123,7 @@ class TopKEFState:
             scope=scope,
             value_format=value_format,
             exchange=exchange or "",
-            make_second_group=_second_group,
+            make_second_group=_SecondGroup(),
             error_feedback=error_feedback,
             dense_steps=self.dense_steps,
             min_compress_numel=self.min_compress_numel,
@@ -520,15 +521,41 @@ def _check_same_rank(loaded: tuple[int, int], here: tuple[int, int]) -> None:
     )
 
 
-def _second_group(process_group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A new group of the same ranks; called from the hook, on all of them in the same order."""
-    backend = process_group._get_backend(torch.device("cpu"))
-    group = dist.new_group(
-        dist.get_process_group_ranks(process_group),
-        backend=backend.name(),
-        timeout=backend.options._timeout,
-        use_local_synchronization=True,
-        group_desc="compressed_ddp",
-    )
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+class _SecondGroup:
+    """Makes a second group of the same ranks when the engine asks, and owns it: DDP keeps its own group alive as well.
+
+    Called from the hook, on all ranks in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._groups: list[dist.ProcessGroup] = []
+        weakref.finalize(self, _destroy, self._groups).atexit = False
+
+    def __call__(self, process_group: dist.ProcessGroup) -> dist.ProcessGroup:
+        _destroy(self._groups)
+        try:
+            ranks = dist.get_process_group_ranks(process_group)
+        except KeyError:
+            raise RuntimeError(
+                "torch.distributed does not know the process group any more (destroy_process_group was called?); create a new "
+                "TopKEFState, and a new process group"
+            ) from None
+        backend = process_group._get_backend(torch.device("cpu"))
+        group = dist.new_group(
+            ranks,
+            backend=backend.name(),
+            timeout=backend.options._timeout,
+            use_local_synchronization=True,
+            group_desc="compressed_ddp",
+        )
+        assert isinstance(group, dist.ProcessGroup)
+        self._groups.append(group)
+        return group
+
+
+def _destroy(groups: list[dist.ProcessGroup]) -> None:
+    """Its threads and connections end here; it must not be in use."""
+    while groups:
+        group = groups.pop()
+        with contextlib.suppress(Exception):  # destroy_process_group() has been there before
+            dist.destroy_process_group(group)

@@ -127,10 +127,10 @@ TEST(Agreement, ANameThatFillsItsFieldEndsThere) {
 
 TEST(Agreement, ARecordOfAnotherVersionIsReadNoFurther) {
   std::vector<AgreementRecord> records = agreeing(2);
-  records[1].record_version = 3;
+  records[1].record_version = 4;
   records[1].step = 1234567;
   const std::string message = describe_disagreement(records);
-  expect_contains(message, "version of the agreement record: rank 0 has 2, rank 1 has 3");
+  expect_contains(message, "version of the agreement record: rank 0 has 3, rank 1 has 4");
   EXPECT_EQ(message.find("step:"), std::string::npos) << message;
 }
 

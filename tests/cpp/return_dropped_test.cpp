@@ -55,12 +55,32 @@ TEST(AddLost, IsUndoneByTheOppositeFactor) {
   std::vector<float> lost = zeros(), residual = zeros();
   for (size_t i = 0; i < lost.size(); ++i) lost[i] = static_cast<float>(i) + 1;
   const std::vector<float*> residuals = segment_pointers(kLayout, residual.data());
-  add_lost(kLayout, averages, lost.data(), 4, residuals.data());
+  add_lost(kLayout, averages, lost.data(), 4, GradientType::kFloat32, residuals.data());
   std::vector<float> expected = zeros();
   expected[0] = 4, expected[5] = 24, expected[8] = 36, expected[11] = 48;
   EXPECT_TRUE(same_bits(expected, residual));
-  add_lost(kLayout, averages, lost.data(), -4, residuals.data());
+  add_lost(kLayout, averages, lost.data(), -4, GradientType::kFloat32, residuals.data());
   EXPECT_TRUE(same_bits(zeros(), residual));
+}
+
+// Where the result is 0 in 16 bits, its senders keep everything.
+TEST(AddLost, LeavesOutWhatIsZeroInTheTypeOfTheResult) {
+  for (const GradientType type : testing::kGradientTypes) {
+    const float largest_zero = std::bit_cast<float>(largest_zero_key(type));
+    const float smallest = std::bit_cast<float>(largest_zero_key(type) + 1);
+    with_gradient_type(type, [&](auto gradient) {
+      from_float(largest_zero, gradient);
+      EXPECT_EQ(to_float(gradient), 0);
+      from_float(smallest, gradient);
+      EXPECT_NE(to_float(gradient), 0);
+    });
+    const Entries averages{{0, 2, 5, 8, 11}, {largest_zero, smallest, -largest_zero, -smallest, 1}};
+    std::vector<float> lost(static_cast<size_t>(kLayout.numel), 1.0f), residual = zeros();
+    add_lost(kLayout, averages, lost.data(), 4, type, segment_pointers(kLayout, residual.data()).data());
+    std::vector<float> expected = zeros();
+    expected[2] = expected[8] = expected[11] = 4;
+    EXPECT_TRUE(same_bits(expected, residual));
+  }
 }
 
 } // namespace

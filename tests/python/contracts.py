@@ -289,7 +289,8 @@ class SplitOracle:
             decoded = self._decoded(encoded, layout)
             bucket[at] = self._result(encoded, layout)
             if self.error_feedback and self.value_format != "fp32":
-                kept = (self.world_size * lost) * ((decoded != 0) & self._compressed(layout))
+                arrives = decoded.to(gradients[0].dtype) != 0  # else its senders keep it
+                kept = (self.world_size * lost) * (arrives & self._compressed(layout))
                 self.residuals[owner][at] += kept
                 self._kept[owner] = kept
         if flagged:

@@ -428,9 +428,10 @@ TEST(ReturnDroppedCuda, EqualsTheCpuEngineBitForBit) {
       EXPECT_TRUE(same_bits(expected, residual.download()));
       EXPECT_EQ(returned.download(), expected_returned);
 
-      add_lost(layout, entries, lost.data(), 3, residuals.data());
+      add_lost(layout, entries, lost.data(), 3, type, residuals.data());
       for (const uint32_t* condition : {flags.data(), flags.data() + 1}) // not, and then it is
-        cuda::add_lost(plan.device(), {device_payload.data(), device_lost.data(), 3, table.data(), condition, flags.data() + 1}, nullptr);
+        cuda::add_lost(plan.device(), {device_payload.data(), device_lost.data(), 3, type, table.data(), condition, flags.data() + 1},
+                       nullptr);
       require(cudaStreamSynchronize(nullptr), "add_lost");
       EXPECT_TRUE(same_bits(expected, residual.download()));
 
