@@ -99,17 +99,22 @@ def changed_groups(
 ) -> dist.ProcessGroup:
     """A group for one new TopKEFState, over `inner`; `second` is for the group that the state makes for second collectives.
 
-    It replaces the function by which states make their second group, once.
+    It replaces the class by which states make their second group, once.
     """
     group = ChangedGroup(inner or dist.group.WORLD, first)
-    make = state_module._second_group
+    make_class = state_module._SecondGroup
     kept = []  # an engine only borrows its groups
     weakref.finalize(group, kept.clear)
 
-    def second_group(asked: dist.ProcessGroup) -> dist.ProcessGroup:
-        state_module._second_group = make
-        kept.append(ChangedGroup(make(inner or dist.group.WORLD), second))
-        return kept[-1]
+    def replacement() -> Callable[[dist.ProcessGroup], dist.ProcessGroup]:
+        state_module._SecondGroup = make_class
+        make = make_class()
 
-    state_module._second_group = second_group
+        def second_group(asked: dist.ProcessGroup) -> dist.ProcessGroup:
+            kept.append(ChangedGroup(make(inner or dist.group.WORLD), second))
+            return kept[-1]
+
+        return second_group
+
+    state_module._SecondGroup = replacement
     return group

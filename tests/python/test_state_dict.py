@@ -76,6 +76,7 @@ def test_a_state_dict_holds_plain_tensors_and_numbers():
             "density": 0.05,
             "scope": "tensor",
             "value_format": "bf16",
+            "exchange": "default",
             "error_feedback": True,
             "dense_steps": 1,
             "min_compress_numel": 100,
