@@ -80,8 +80,9 @@ std::vector<BucketRange> Bucket::cut(int64_t count, double density) const {
   constexpr int64_t kRangeNumel = 64; // 16-byte accesses stay aligned, and so do a gradient and its residual with one another
   const double value_bits = value_format_ == ValueFormat::kFloat32 ? 32 : value_format_ == ValueFormat::kBFloat16 ? 16 : 1;
   const double compressed_bytes = (density * (value_bits + kLowBits + 1) + 1.0 / (1 << kLowBits)) / 8, dense_bytes = sizeof(float);
+  const auto bytes_of = [&](const Part& part) { return static_cast<double>(part.numel) * (part.dense ? dense_bytes : compressed_bytes); };
   double bytes = 0;
-  for (const Part& part : parts_) bytes += static_cast<double>(part.numel) * (part.dense ? dense_bytes : compressed_bytes);
+  for (const Part& part : parts_) bytes += bytes_of(part);
 
   const int64_t units = (numel_ + kRangeNumel - 1) / kRangeNumel, used = std::min(count, units);
   std::vector<BucketRange> ranges;
@@ -90,7 +91,6 @@ std::vector<BucketRange> Bucket::cut(int64_t count, double density) const {
   int64_t begin = 0;
   for (int64_t r = 0; r < used; ++r) {
     const double wanted = bytes * static_cast<double>(r + 1) / static_cast<double>(used);
-    const auto bytes_of = [&](const Part& part) { return static_cast<double>(part.numel) * (part.dense ? dense_bytes : compressed_bytes); };
     while (p + 1 < parts_.size() && before + bytes_of(parts_[p]) < wanted) before += bytes_of(parts_[p++]);
     const double inside = (wanted - before) / (parts_[p].dense ? dense_bytes : compressed_bytes);
     const int64_t unit = (parts_[p].begin + static_cast<int64_t>(std::llround(inside))) / kRangeNumel;
@@ -121,7 +121,6 @@ void Bucket::point_at_residuals(BucketRange& range, ResidualStore& residuals, c1
 // ---- steps
 
 void Bucket::prepare(const Plan& plan, ResidualStore& residuals, const StageMaker& maker) {
-  if (is_prepared(plan)) return;
   exchange_.reset();
   const auto with_residuals = [&](BucketRange range) {
     if (plan.error_feedback) point_at_residuals(range, residuals, maker.device);

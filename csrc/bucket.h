@@ -62,6 +62,7 @@ class Bucket {
     bool operator==(const Plan&) const = default;
   };
   bool is_prepared(const Plan& plan) const { return exchange_ != nullptr && plan == plan_; }
+  // Allocates: for a plan that it is not prepared for.
   void prepare(const Plan& plan, ResidualStore& residuals, const StageMaker& maker);
   Exchange& exchange() { return *exchange_; }
 

@@ -132,7 +132,6 @@ class Engine {
   void dense_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group);
   void check_capture(Request& request, c10d::ProcessGroup& process_group);
   void check_not_captured(const char* what) const;
-  Bucket::Plan plan_of(c10d::ProcessGroup& process_group, double density) const;
   StageMaker stages_on_device(c10::Device device, GradientType type, const std::shared_ptr<DeviceReport>& report);
   std::shared_ptr<DeviceReport> new_report(c10::Device device);
   std::string take_reports();
@@ -147,6 +146,8 @@ class Engine {
   void start(std::shared_ptr<Run> run, const Request& request);
   c10::intrusive_ptr<c10d::ProcessGroup> second_group(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
   ExchangeKind exchange_kind(int64_t world_size) const;
+  Bucket::Plan plan_of(c10d::ProcessGroup& process_group, double density) const;
+  StageMaker stages_on_cpu();
   void begin_step_if_repeated(Request& request);
   void check_entries(const Request& request) const;
   void check_one_model(const c10d::GradBucket& bucket, const std::vector<at::Tensor>& parameters);

@@ -86,7 +86,8 @@ void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
     if (!bucket->is_independent() && device_report_ == nullptr) device_report_ = new_report(request.buffer.device());
     bucket->report = bucket->is_independent() ? new_report(request.buffer.device()) : device_report_;
   }
-  bucket->prepare(plan, residuals_, stages_on_device(request.buffer.device(), bucket->key().type, bucket->report));
+  if (!bucket->is_prepared(plan))
+    bucket->prepare(plan, residuals_, stages_on_device(request.buffer.device(), bucket->key().type, bucket->report));
   bucket->begin(request.buffer, request.unused, step_);
   note_sparse(bucket, request, world_size);
   const auto mark = [&] {
@@ -111,11 +112,6 @@ void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
       throw;
     }
   }
-}
-
-Bucket::Plan Engine::plan_of(c10d::ProcessGroup& process_group, double density) const {
-  const int64_t world_size = process_group.getSize();
-  return {exchange_kind(world_size), {process_group.getRank(), world_size}, density, options_.error_feedback};
 }
 
 StageMaker Engine::stages_on_device(c10::Device device, GradientType type, const std::shared_ptr<DeviceReport>& report) {

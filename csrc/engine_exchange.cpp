@@ -130,6 +130,18 @@ c10::intrusive_ptr<c10d::ProcessGroup> Engine::second_group(const c10::intrusive
   return group;
 }
 
+Bucket::Plan Engine::plan_of(c10d::ProcessGroup& process_group, double density) const {
+  const int64_t world_size = process_group.getSize();
+  return {exchange_kind(world_size), {process_group.getRank(), world_size}, density, options_.error_feedback};
+}
+
+StageMaker Engine::stages_on_cpu() {
+  const auto make = [](SelectScratch* scratch) {
+    return [scratch](BucketRange range, bool may_drop) { return std::make_unique<StagesCpu>(std::move(range), may_drop, scratch); };
+  };
+  return {at::kCPU, false, make(&scratch_), make(nullptr), nan_if_flagged_on_cpu};
+}
+
 void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request,
                            const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const int64_t world_size = process_group->getSize(), rank = process_group->getRank();
@@ -138,12 +150,8 @@ void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request&
   const c10::weak_intrusive_ptr<c10d::ProcessGroup> first(process_group);
   const c10::weak_intrusive_ptr<c10d::ProcessGroup> second(kind == ExchangeKind::kSplit ? second_group(process_group) : process_group);
 
-  const StageMaker maker{
-      at::kCPU, false,
-      [this](BucketRange range, bool may_drop) { return std::make_unique<StagesCpu>(std::move(range), may_drop, &scratch_); },
-      [](BucketRange range, bool may_drop) { return std::make_unique<StagesCpu>(std::move(range), may_drop, nullptr); },
-      nan_if_flagged_on_cpu};
-  bucket->prepare({kind, {rank, world_size}, density_of_current_step(), options_.error_feedback}, residuals_, maker);
+  const Bucket::Plan how = plan_of(*process_group, density_of_current_step());
+  if (!bucket->is_prepared(how)) bucket->prepare(how, residuals_, stages_on_cpu());
   bucket->begin(request.buffer, request.unused, step_);
   note_sparse(bucket, request, world_size);
 

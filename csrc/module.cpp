@@ -33,12 +33,17 @@ FuturePtr unlocked(Reduce&& reduce) {
   return std::make_shared<torch::jit::PythonFutureWrapper>(std::move(future));
 }
 
-// Calls the user's density(step) with the GIL; released with the GIL too, wherever the engine ends.
+// Released with the GIL, wherever its last owner ends.
+std::shared_ptr<py::object> shared_with_gil(py::object object) {
+  return {new py::object(std::move(object)), [](py::object* held) {
+            const py::gil_scoped_acquire gil;
+            delete held;
+          }};
+}
+
+// Calls the user's density(step) with the GIL.
 std::function<double(int64_t)> density_function(py::object callable) {
-  const auto holder = std::shared_ptr<py::object>(new py::object(std::move(callable)), [](py::object* object) {
-    const py::gil_scoped_acquire gil;
-    delete object;
-  });
+  const std::shared_ptr<py::object> holder = shared_with_gil(std::move(callable));
   return [holder](int64_t step) {
     const py::gil_scoped_acquire gil;
     try {
@@ -55,10 +60,7 @@ std::function<double(int64_t)> density_function(py::object callable) {
 
 // dist.new_group, called from the hook with the GIL.
 std::function<c10::intrusive_ptr<c10d::ProcessGroup>(c10::intrusive_ptr<c10d::ProcessGroup>)> group_function(py::object callable) {
-  const auto holder = std::shared_ptr<py::object>(new py::object(std::move(callable)), [](py::object* object) {
-    const py::gil_scoped_acquire gil;
-    delete object;
-  });
+  const std::shared_ptr<py::object> holder = shared_with_gil(std::move(callable));
   return [holder](const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
     const py::gil_scoped_acquire gil;
     try {
