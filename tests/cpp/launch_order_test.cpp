@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <string>
+#include <vector>
+
 namespace compressed_ddp {
 namespace {
 
@@ -9,8 +12,9 @@ namespace {
 LaunchOrder::Begin noted(std::vector<std::string>& notes, int ticket, bool can_begin = true) {
   return [&notes, ticket, can_begin](bool is_lost) -> LaunchOrder::Begun {
     const bool begins = can_begin && !is_lost;
-    notes.push_back((begins ? "b" : "x") + std::to_string(ticket));
-    return {begins, [&notes, ticket] { notes.push_back("t" + std::to_string(ticket)); }};
+    const auto note = [&notes, ticket](char what) { notes.emplace_back(1, what).append(std::to_string(ticket)); };
+    note(begins ? 'b' : 'x');
+    return {begins, [note] { note('t'); }};
   };
 }
 
