@@ -2,6 +2,7 @@
 
 #include <cstdio>
 
+#include "exchange_kind.h"
 #include "wire_format.h"
 
 namespace compressed_ddp {
@@ -23,7 +24,7 @@ std::string show(double value) {
 std::string show(int64_t value) { return std::to_string(value); }
 std::string show_scope(int64_t scope) { return scope == 0 ? "tensor" : scope == 1 ? "bucket" : "chunk"; }
 std::string show_value_format(int64_t value) { return name_of(static_cast<ValueFormat>(value)); }
-std::string show_exchange(int64_t value) { return value == 0 ? "allgather" : value == 1 ? "split" : "dense"; }
+std::string show_exchange(int64_t value) { return std::string(name_of(static_cast<ExchangeKind>(value))); }
 std::string show_bool(int64_t value) { return value != 0 ? "True" : "False"; }
 std::string show_hash(uint64_t hash) {
   char text[20];
@@ -79,6 +80,7 @@ std::string describe_disagreement(std::span<const AgreementRecord> records) {
     fields.compare("scope", [](R r) { return r.scope; }, [](R r) { return show_scope(r.scope); });
     fields.compare("value_format", [](R r) { return r.value_format; }, [](R r) { return show_value_format(r.value_format); });
     fields.compare("exchange", [](R r) { return r.exchange; }, [](R r) { return show_exchange(r.exchange); });
+    fields.compare("ranks_per_node (0 = by host)", [](R r) { return r.ranks_per_node; }, [](R r) { return show(r.ranks_per_node); });
     fields.compare("error_feedback", [](R r) { return r.error_feedback; }, [](R r) { return show_bool(r.error_feedback); });
     fields.compare("dense_steps", [](R r) { return r.dense_steps; }, [](R r) { return show(r.dense_steps); });
     fields.compare("min_compress_numel", [](R r) { return r.min_compress_numel; }, [](R r) { return show(r.min_compress_numel); });

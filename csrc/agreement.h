@@ -16,7 +16,7 @@
 namespace compressed_ddp {
 
 struct AgreementRecord {
-  uint32_t record_version = 3;
+  uint32_t record_version = 4;
   uint32_t wire_version = 0;
   int64_t rank = 0;
   int64_t world_size = 0;
@@ -25,7 +25,8 @@ struct AgreementRecord {
   int64_t density_is_callable = 0;
   int64_t scope = 0; // 0 = tensor, 1 = bucket, 2 = chunk
   int64_t value_format = 0;
-  int64_t exchange = 0; // 0 = allgather, 1 = split, 2 = dense
+  int64_t exchange = 0;       // an ExchangeKind
+  int64_t ranks_per_node = 0; // of exchange="hierarchical"; 0 = to be found out
   int64_t error_feedback = 0;
   int64_t dense_steps = 0;
   int64_t min_compress_numel = 0;
@@ -37,7 +38,7 @@ struct AgreementRecord {
   uint64_t structure_hash = 0;
   uint64_t exempt_hash = 0;
   uint64_t names_hash = 0; // 0 = this rank has no names; compared only where both have
-  char bucket[64] = {};    // for the message: the name of the bucket's first parameter, cut off
+  char bucket[56] = {};    // for the message: the name of the bucket's first parameter, cut off
 };
 static_assert(sizeof(AgreementRecord) == 224 && std::is_trivially_copyable_v<AgreementRecord>);
 

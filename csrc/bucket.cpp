@@ -11,21 +11,15 @@ Bucket::Bucket(BucketKey key, Scope scope, ValueFormat value_format, int64_t min
     const Entry& entry = *key_.entries[e];
     int64_t offset = 0;
     for (const int64_t numel : entry.segment_numels) {
-      const bool dense = entry.exempt || entry.is_vector || numel < min_compress_numel || numel == 0;
-      const int64_t part_numel = scope_ == Scope::kChunk && !dense ? kChunkNumel : std::max<int64_t>(numel, 1);
-      for (int64_t at = 0; at < numel || at == 0; at += part_numel)
-        parts_.push_back({e, offset + at, numel_ + offset + at, std::min(part_numel, numel - at), dense});
+      dense_.push_back(entry.exempt || entry.is_vector || numel < min_compress_numel || numel == 0);
+      whole_.add(e, offset, numel, dense_.back(), scope_);
       offset += numel;
     }
-    numel_ += offset;
   }
-  if (key_.presence_numel > 0) {
-    parts_.push_back({key_.entries.size(), 0, numel_, key_.presence_numel, true});
-    numel_ += key_.presence_numel;
-  }
+  if (key_.presence_numel > 0) whole_.add(key_.entries.size(), 0, key_.presence_numel, true, scope_);
 
   structure_hash_ = hash_bytes(&key_.type, sizeof key_.type);
-  for (const Part& part : parts_) {
+  for (const Part& part : whole_.parts) {
     const int64_t numbers[] = {static_cast<int64_t>(part.entry), part.numel, part.dense};
     structure_hash_ = hash_bytes(numbers, sizeof numbers, structure_hash_);
   }
@@ -38,6 +32,14 @@ Bucket::Bucket(BucketKey key, Scope scope, ValueFormat value_format, int64_t min
   }
 }
 
+// Behind what is there already. In scope "chunk" a selection has at most kChunkNumel entries.
+void Bucket::Parts::add(size_t entry, int64_t entry_offset, int64_t added, bool dense, Scope scope) {
+  const int64_t part_numel = scope == Scope::kChunk && !dense ? kChunkNumel : std::max<int64_t>(added, 1);
+  for (int64_t at = 0; at < added || at == 0; at += part_numel)
+    parts.push_back({entry, entry_offset + at, numel + at, std::min(part_numel, added - at), dense});
+  numel += added;
+}
+
 std::string Bucket::name() const {
   if (key_.entries.empty()) return "(empty)";
   const Entry& first = *key_.entries.front();
@@ -47,15 +49,15 @@ std::string Bucket::name() const {
   return text + "]";
 }
 
-int64_t Bucket::selected_numel(double density) const { return make_range(0, numel_, density).layout.selected_numel; }
+int64_t Bucket::selected_numel(double density) const { return make_range(whole_, 0, numel(), density).layout.selected_numel; }
 
 // ---- ranges
 
-BucketRange Bucket::make_range(int64_t begin, int64_t end, double density) const {
+BucketRange Bucket::make_range(const Parts& of, int64_t begin, int64_t end, double density) const {
   BucketRange range{begin, end, {}, {}, {}};
-  const bool is_whole = begin == 0 && end == numel_;
+  const bool is_whole = begin == 0 && end == of.numel;
   std::vector<int64_t> numels, groups, group_numels;
-  for (const Part& part : parts_) {
+  for (const Part& part : of.parts) {
     const int64_t from = std::max(part.begin, begin), to = std::min(part.begin + part.numel, end);
     if (from >= to && !(is_whole && part.numel == 0)) continue;
     numels.push_back(std::max<int64_t>(to - from, 0));
@@ -76,33 +78,33 @@ BucketRange Bucket::make_range(int64_t begin, int64_t end, double density) const
 
 // Into `count` ranges of about equal payload bytes, as far as there are so many multiples of kRangeNumel; the last ones are empty else. A
 // function of the structure, the density and the value format: the same on every rank.
-std::vector<BucketRange> Bucket::cut(int64_t count, double density) const {
+std::vector<BucketRange> Bucket::cut(const Parts& of, int64_t count, double density) const {
   constexpr int64_t kRangeNumel = 64; // 16-byte accesses stay aligned, and so do a gradient and its residual with one another
   const double value_bits = value_format_ == ValueFormat::kFloat32 ? 32 : value_format_ == ValueFormat::kBFloat16 ? 16 : 1;
   const double compressed_bytes = (density * (value_bits + kLowBits + 1) + 1.0 / (1 << kLowBits)) / 8, dense_bytes = sizeof(float);
   const auto bytes_of = [&](const Part& part) { return static_cast<double>(part.numel) * (part.dense ? dense_bytes : compressed_bytes); };
   double bytes = 0;
-  for (const Part& part : parts_) bytes += bytes_of(part);
+  for (const Part& part : of.parts) bytes += bytes_of(part);
 
-  const int64_t units = (numel_ + kRangeNumel - 1) / kRangeNumel, used = std::min(count, units);
+  const int64_t units = (of.numel + kRangeNumel - 1) / kRangeNumel, used = std::min(count, units);
   std::vector<BucketRange> ranges;
   size_t p = 0;
   double before = 0; // bytes of the parts before part p
   int64_t begin = 0;
   for (int64_t r = 0; r < used; ++r) {
     const double wanted = bytes * static_cast<double>(r + 1) / static_cast<double>(used);
-    while (p + 1 < parts_.size() && before + bytes_of(parts_[p]) < wanted) before += bytes_of(parts_[p++]);
-    const double inside = (wanted - before) / (parts_[p].dense ? dense_bytes : compressed_bytes);
-    const int64_t unit = (parts_[p].begin + static_cast<int64_t>(std::llround(inside))) / kRangeNumel;
-    const int64_t end = r + 1 == used ? numel_ : std::clamp(unit, begin / kRangeNumel + 1, units - (used - r - 1)) * kRangeNumel;
-    ranges.push_back(make_range(begin, end, density));
+    while (p + 1 < of.parts.size() && before + bytes_of(of.parts[p]) < wanted) before += bytes_of(of.parts[p++]);
+    const double inside = (wanted - before) / (of.parts[p].dense ? dense_bytes : compressed_bytes);
+    const int64_t unit = (of.parts[p].begin + static_cast<int64_t>(std::llround(inside))) / kRangeNumel;
+    const int64_t end = r + 1 == used ? of.numel : std::clamp(unit, begin / kRangeNumel + 1, units - (used - r - 1)) * kRangeNumel;
+    ranges.push_back(make_range(of, begin, end, density));
     begin = end;
   }
-  while (static_cast<int64_t>(ranges.size()) < count) ranges.push_back(make_range(numel_, numel_, density));
+  while (static_cast<int64_t>(ranges.size()) < count) ranges.push_back(make_range(of, of.numel, of.numel, density));
   return ranges;
 }
 
-void Bucket::point_at_residuals(BucketRange& range, ResidualStore& residuals, c10::Device device) const {
+void Bucket::point_at_residuals(const Parts& of, BucketRange& range, ResidualStore& residuals, c10::Device device) const {
   size_t p = 0;
   for (size_t s = 0; s < range.entries.size(); ++s) {
     const Segment& segment = range.layout.segments[s];
@@ -111,43 +113,93 @@ void Bucket::point_at_residuals(BucketRange& range, ResidualStore& residuals, c1
       continue;
     }
     const int64_t begin = range.begin + segment.offset;
-    while (parts_[p].begin + parts_[p].numel <= begin) ++p;
+    while (of.parts[p].begin + of.parts[p].numel <= begin) ++p;
     Entry& entry = *key_.entries[range.entries[s]];
     residuals.ensure_residual(entry, device);
-    range.residuals.push_back(entry.residual.data_ptr<float>() + parts_[p].entry_offset + (begin - parts_[p].begin));
+    range.residuals.push_back(entry.residual.data_ptr<float>() + (of.parts[p].entry_offset - entry.residual_begin) +
+                              (begin - of.parts[p].begin));
   }
+}
+
+// The residuals of a shard are ranges of entries, whatever segments those have: a segment's part of the shard is a part here.
+Bucket::Parts Bucket::shard_of(const Shard& shard, Dealt* dealt) const {
+  Parts parts;
+  int64_t bucket_begin = 0; // of the entry
+  const auto take = [&](size_t e, int64_t entry_offset, int64_t from, int64_t to, bool dense) {
+    if (from >= to) return;
+    if (dealt != nullptr) dealt->runs.push_back({shard.index, parts.numel, bucket_begin + from, to - from});
+    parts.add(e, entry_offset, to - from, dense, scope_);
+  };
+  size_t segment = 0;
+  for (size_t e = 0; e < key_.entries.size(); ++e) {
+    const Entry& entry = *key_.entries[e];
+    int64_t begin = 0; // of the segment, in the entry
+    for (const int64_t numel : entry.segment_numels) {
+      const int64_t from = std::max(begin, shard.begin(entry.numel)), to = std::min(begin + numel, shard.end(entry.numel));
+      take(e, from, from, to, dense_[segment++] != 0);
+      begin += numel;
+    }
+    bucket_begin += entry.numel;
+  }
+  take(key_.entries.size(), 0, shard.begin(key_.presence_numel), shard.end(key_.presence_numel), true);
+  return parts;
+}
+
+// ---- exchanges
+
+std::unique_ptr<Exchange> Bucket::make_exchange(const Parts& of, ExchangeKind kind, const Members& members, ExchangeTypes types,
+                                                const Plan& plan, ResidualStore& residuals, const StageMaker& maker) const {
+  const auto with_residuals = [&](BucketRange range) {
+    if (plan.error_feedback) point_at_residuals(of, range, residuals, maker.device);
+    return range;
+  };
+  if (kind != ExchangeKind::kSplit)
+    return make_all_gather_exchange(with_residuals(make_range(of, 0, of.numel, plan.density)), members, types, maker);
+  std::vector<BucketRange> ranges = cut(of, members.count, plan.density);
+  for (BucketRange& range : ranges) range = with_residuals(std::move(range));
+  return make_split_exchange(std::move(ranges), members, types, maker);
+}
+
+std::unique_ptr<Exchange> Bucket::make_hierarchical(const Plan& plan, ResidualStore& residuals, const StageMaker& maker) const {
+  const int64_t count = plan.ranks_per_node, index = plan.rank % count, nodes = plan.world_size / count;
+  Dealt dealt;
+  dealt.num_entries = static_cast<int64_t>(key_.entries.size()) + (key_.presence_numel > 0);
+  dealt.numel = numel();
+  Parts own;
+  for (int64_t l = 0; l < count; ++l) {
+    Parts parts = shard_of({l, count}, &dealt);
+    dealt.numels.push_back(parts.numel);
+    if (l == index) own = std::move(parts);
+  }
+  const Node node{plan.rank - index, {index, count}, plan.world_size};
+  const ExchangeKind between = default_exchange(nodes);
+  const Members owners{plan.rank / count, nodes, {index, plan.world_size, count}};
+  std::unique_ptr<Exchange> exchange;
+  if (own.numel > 0) exchange = make_exchange(own, between, owners, {GradientType::kFloat32, key_.type}, plan, residuals, maker);
+  return make_hierarchical_exchange(dealt, node, std::move(exchange), num_collectives(between), key_.type, maker);
 }
 
 // ---- steps
 
 void Bucket::prepare(const Plan& plan, ResidualStore& residuals, const StageMaker& maker) {
   exchange_.reset();
-  const auto with_residuals = [&](BucketRange range) {
-    if (plan.error_feedback) point_at_residuals(range, residuals, maker.device);
-    return range;
-  };
-  if (plan.kind == ExchangeKind::kSplit) {
-    std::vector<BucketRange> ranges = cut(plan.ranks.world_size, plan.density);
-    for (BucketRange& range : ranges) range = with_residuals(std::move(range));
-    exchange_ = make_split_exchange(std::move(ranges), plan.ranks, key_.type, maker);
-  } else {
-    exchange_ = make_all_gather_exchange(with_residuals(make_range(0, numel_, plan.density)), plan.ranks, key_.type, maker);
-  }
+  exchange_ = plan.kind == ExchangeKind::kHierarchical
+                  ? make_hierarchical(plan, residuals, maker)
+                  : make_exchange(whole_, plan.kind, all_ranks(plan.rank, plan.world_size), {key_.type, key_.type}, plan, residuals, maker);
   plan_ = plan;
 }
 
 void Bucket::begin(const at::Tensor& gradient, const std::vector<uint8_t>& unused, int64_t step) {
-  for (const Part& part : parts_)
+  for (const Part& part : whole_.parts)
     if (!part.dense) key_.entries[part.entry]->was_compressed = true;
-  const StageSums sums = exchange_->begin(gradient, unused, step);
+  exchange_->begin(gradient, {unused}, step);
+}
+
+void Bucket::note_sums() {
+  const StageSums& sums = exchange_->sums();
   last.gradient_sq = sums.gradient_sq;
   last.residual_sq = sums.residual_sq;
   last.sent_sq = sums.sent_sq;
-}
-
-void Bucket::note_returned() {
-  last.residual_sq += exchange_->returned_sq();
-  last.sent_sq -= exchange_->returned_sq();
 }
 
 void Bucket::restore(const uint32_t* condition) {
@@ -159,12 +211,7 @@ void Bucket::forget_sent() {
 }
 
 #if COMPRESSED_DDP_CUDA
-bool Bucket::knows_unused(const std::vector<uint8_t>& unused) const {
-  const auto& all = exchange_->stages();
-  return std::all_of(all.begin(), all.end(), [&](const auto& stages) {
-    return stages == nullptr || static_cast<StagesDevice&>(*stages).knows_unused(stages->range().unused_segments(unused));
-  });
-}
+bool Bucket::knows_unused(const std::vector<uint8_t>& unused) const { return exchange_->knows_unused(unused); }
 
 int64_t Bucket::num_statistics() const { return exchange_ == nullptr ? 0 : static_cast<int64_t>(exchange_->stages().size()); }
 

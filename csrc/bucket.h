@@ -56,7 +56,8 @@ class Bucket {
   // How it travels. Layouts and buffers are made anew only when one of these changes.
   struct Plan {
     ExchangeKind kind;
-    RankOf ranks;
+    int64_t rank, world_size;
+    int64_t ranks_per_node; // hierarchical
     double density;
     bool error_feedback;
     bool operator==(const Plan&) const = default;
@@ -66,9 +67,9 @@ class Bucket {
   void prepare(const Plan& plan, ResidualStore& residuals, const StageMaker& maker);
   Exchange& exchange() { return *exchange_; }
 
-  // exchange().begin, and what it says of this step. unused: per entry.
+  // exchange().begin. unused: per entry.
   void begin(const at::Tensor& gradient, const std::vector<uint8_t>& unused, int64_t step);
-  void note_returned(); // of what the exchange has given back: it is no longer sent
+  void note_sums(); // what the exchange says of this step so far
   // What was sent last comes back, once; or is spent: it reached every rank and the step counts. condition: as in Stages::restore.
   void restore(const uint32_t* condition = nullptr);
   void forget_sent();
@@ -87,7 +88,7 @@ class Bucket {
   uint64_t structure_hash() const { return structure_hash_; }
   // The structure, and which parameters these are: two buckets of one structure are compared separately.
   uint64_t identity_hash() const { return identity_hash_; }
-  int64_t numel() const { return numel_; }
+  int64_t numel() const { return whole_.numel; }
   int64_t selected_numel(double density) const; // sum of k when it travels as one range
 
   bool failed = false; // its exchange failed or the result was non-finite; guarded by the engine's progress mutex
@@ -98,23 +99,33 @@ class Bucket {
   c10::IValue result;
 
  private:
-  BucketRange make_range(int64_t begin, int64_t end, double density) const;
-  std::vector<BucketRange> cut(int64_t count, double density) const;
-  void point_at_residuals(BucketRange& range, ResidualStore& residuals, c10::Device device) const;
-
-  struct Part { // one segment of the layout of the whole bucket
+  struct Part { // one segment of the layout of the whole bucket, or of a shard of it
     size_t entry;
     int64_t entry_offset;
-    int64_t begin; // in the bucket
+    int64_t begin; // in the bucket, or in the shard
     int64_t numel;
     bool dense;
   };
+  struct Parts {
+    std::vector<Part> parts;
+    int64_t numel = 0;
+    void add(size_t entry, int64_t entry_offset, int64_t numel, bool dense, Scope scope);
+  };
+
+  BucketRange make_range(const Parts& of, int64_t begin, int64_t end, double density) const;
+  std::vector<BucketRange> cut(const Parts& of, int64_t count, double density) const;
+  void point_at_residuals(const Parts& of, BucketRange& range, ResidualStore& residuals, c10::Device device) const;
+  // The parts of one of `count` shards; also where they lie in the bucket, if `dealt` is given.
+  Parts shard_of(const Shard& shard, Dealt* dealt) const;
+  std::unique_ptr<Exchange> make_exchange(const Parts& of, ExchangeKind kind, const Members& members, ExchangeTypes types, const Plan& plan,
+                                          ResidualStore& residuals, const StageMaker& maker) const;
+  std::unique_ptr<Exchange> make_hierarchical(const Plan& plan, ResidualStore& residuals, const StageMaker& maker) const;
 
   BucketKey key_;
   Scope scope_;
   ValueFormat value_format_;
-  std::vector<Part> parts_;
-  int64_t numel_ = 0;
+  std::vector<uint8_t> dense_; // per segment of all entries, one after another
+  Parts whole_;
   uint64_t structure_hash_ = 0;
   uint64_t identity_hash_ = 0;
   Plan plan_{};

@@ -65,15 +65,16 @@ std::exception_ptr failed_exchange(const Engine::Place& place, const std::except
 Engine::Engine(EngineOptions options)
     : options_(std::move(options)),
       process_group_(c10::intrusive_ptr<c10d::ProcessGroup>()),
-      second_group_(c10::intrusive_ptr<c10d::ProcessGroup>()) {}
+      launch_orders_(new_launch_orders()) {}
 
 ExchangeKind Engine::exchange_kind(int64_t world_size) const { return options_.exchange.value_or(default_exchange(world_size)); }
 
 void Engine::set_process_group(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const std::lock_guard lock(mutex_);
   process_group_ = c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group);
-  second_group_ = c10::weak_intrusive_ptr<c10d::ProcessGroup>(c10::intrusive_ptr<c10d::ProcessGroup>());
-  launch_order_ = std::make_shared<LaunchOrder>();
+  groups_.clear();
+  ranks_per_node_ = 0;
+  launch_orders_ = new_launch_orders();
   agreed_.clear();
 }
 
@@ -301,8 +302,7 @@ void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& pr
   const bool callable = static_cast<bool>(options_.density_of_step);
   // With a callable density any step may change k, on one rank alone if the callable is wrong; and a dense all-reduce carries no
   // header that could show another step. Then the ranks compare once in every step.
-  const bool ever_dense = options_.exchange == ExchangeKind::kDense; // and then it is of no importance which step it is
-  const bool compare_step = (callable || (dense && !ever_dense)) && agreed_step_ != step_;
+  const bool compare_step = (callable || (dense && !is_ever_dense())) && agreed_step_ != step_; // ever dense: the step is of no importance
   if (agreed_.contains(bucket->identity_hash()) && !compare_step) return;
   const c10::Device where = record_device(process_group, device);
 
@@ -316,6 +316,7 @@ void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& pr
   record.scope = static_cast<int64_t>(options_.scope);
   record.value_format = static_cast<int64_t>(options_.value_format);
   record.exchange = static_cast<int64_t>(exchange_kind(record.world_size));
+  record.ranks_per_node = options_.ranks_per_node;
   record.error_feedback = options_.error_feedback;
   record.dense_steps = options_.dense_steps;
   record.min_compress_numel = options_.min_compress_numel;

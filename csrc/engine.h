@@ -33,8 +33,12 @@ struct EngineOptions {
   Scope scope = Scope::kTensor;
   ValueFormat value_format = ValueFormat::kBFloat16;
   std::optional<ExchangeKind> exchange; // none: default_exchange
-  // A new group of the same ranks, made by all of them in the same order; may take the GIL.
-  std::function<c10::intrusive_ptr<c10d::ProcessGroup>(c10::intrusive_ptr<c10d::ProcessGroup>)> make_second_group;
+  int64_t ranks_per_node = 0;           // hierarchical; 0 = find_ranks_per_node
+  // A new group of some ranks of a group, for tensors of a device type; made by all of them in the same order. May take the GIL.
+  using ProcessGroupPtr = c10::intrusive_ptr<c10d::ProcessGroup>;
+  std::function<ProcessGroupPtr(const ProcessGroupPtr&, const std::vector<int64_t>& ranks, c10::DeviceType)> make_group;
+  // Called by all ranks of a group, which hear the same. May take the GIL.
+  std::function<int64_t(const ProcessGroupPtr&)> find_ranks_per_node;
   bool error_feedback = true;
   int64_t dense_steps = 2;
   int64_t min_compress_numel = 1024;
@@ -79,7 +83,10 @@ class Engine {
   void rollback();           // the last step was not applied: restore what it sent
   void reset();
   std::vector<std::pair<std::string, at::Tensor>> export_residuals();
-  void load(int64_t step, const std::vector<std::pair<std::string, at::Tensor>>& residuals);
+  void load(int64_t step, const std::vector<std::pair<std::string, at::Tensor>>& residuals, const std::optional<Shard>& shard,
+            const std::vector<ShardPlace>& places);
+  std::optional<Shard> shard() const;            // of the residuals that this rank keeps; none: all of them
+  std::vector<ShardPlace> shard_places() const; // of what export_residuals shows
   Metrics metrics();
   bool has_compressed() const { return has_compressed_; }
   bool is_compressed(const at::Tensor& parameter) const; // some step has selected from it
@@ -128,7 +135,8 @@ class Engine {
   DeviceStream& device_stream(c10::Device device);
   void reduce_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request,
                         const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
-  void sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group);
+  void sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request,
+                        const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
   void dense_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group);
   void check_capture(Request& request, c10d::ProcessGroup& process_group);
   void check_not_captured(const char* what) const;
@@ -144,10 +152,12 @@ class Engine {
   void note_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);
   struct Run; // engine_exchange.cpp
   void start(std::shared_ptr<Run> run, const Request& request);
-  c10::intrusive_ptr<c10d::ProcessGroup> second_group(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
+  using Groups = std::vector<c10::weak_intrusive_ptr<c10d::ProcessGroup>>; // of every collective of an exchange
+  const Groups& groups(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group, const Bucket& bucket, c10::DeviceType device_type);
+  Groups make_groups(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group, bool one_for_each, c10::DeviceType device_type);
   ExchangeKind exchange_kind(int64_t world_size) const;
   Bucket::Plan plan_of(c10d::ProcessGroup& process_group, double density) const;
-  StageMaker stages_on_cpu();
+  StageMaker stages_on_cpu(ExchangeKind kind);
   void begin_step_if_repeated(Request& request);
   void check_entries(const Request& request) const;
   void check_one_model(const c10d::GradBucket& bucket, const std::vector<at::Tensor>& parameters);
@@ -160,15 +170,18 @@ class Engine {
   bool gives_back(const Bucket& bucket) const; // with the progress mutex held
   void settle();
   Metrics current_metrics() const;
-  bool is_dense_step() const { return step_ < options_.dense_steps || options_.exchange == ExchangeKind::kDense; }
+  bool is_ever_dense() const { return options_.exchange.has_value() && is_dense(*options_.exchange); }
+  bool is_dense_step() const { return step_ < options_.dense_steps || is_ever_dense(); }
+  at::ScalarType dense_type(const at::Tensor& buffer) const; // in which a dense step of it travels
 
   // One public call at a time; callbacks never take it. Recursive, because a callable density may ask the state for its step or metrics.
   mutable std::recursive_mutex mutex_;
   EngineOptions options_;
   ResidualStore residuals_;
   c10::weak_intrusive_ptr<c10d::ProcessGroup> process_group_;
-  c10::weak_intrusive_ptr<c10d::ProcessGroup> second_group_; // of collectives that threads of the process group begin
-  std::shared_ptr<LaunchOrder> launch_order_ = std::make_shared<LaunchOrder>();
+  std::map<bool, Groups> groups_; // by whether the CUDA stages run; those that are no process_group_ belong to whoever made them
+  int64_t ranks_per_node_ = 0;    // hierarchical: as soon as it is known
+  LaunchOrders launch_orders_;
   SelectScratch scratch_;
   std::multimap<const Entry*, std::shared_ptr<Bucket>> buckets_; // by first entry
   std::shared_ptr<Progress> progress_ = std::make_shared<Progress>();

@@ -14,6 +14,7 @@
 #include "collectives.h"
 #include "cuda/launch.h"
 #include "engine.h"
+#include "shard_stages_device.h"
 
 namespace compressed_ddp {
 
@@ -69,16 +70,18 @@ void Engine::reduce_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
   if (is_dense_step())
     dense_on_device(bucket, request, *process_group);
   else
-    sparse_on_device(bucket, request, *process_group);
+    sparse_on_device(bucket, request, process_group);
   stream.complete(*request.future, request.result, request.buffer);
 }
 
-void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group) {
+void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request,
+                              const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   DeviceStream& stream = *device_stream_;
-  const int64_t world_size = process_group.getSize();
-  const int rank = process_group.getRank();
-  agree(bucket, process_group, request.buffer.device());
-  const Bucket::Plan plan = plan_of(process_group, density_of_current_step());
+  const int64_t world_size = process_group->getSize();
+  const int rank = process_group->getRank();
+  agree(bucket, *process_group, request.buffer.device());
+  const Groups& of_collective = groups(process_group, *bucket, request.buffer.device().type());
+  const Bucket::Plan plan = plan_of(*process_group, density_of_current_step());
   TORCH_CHECK(!bucket->captured || bucket->is_prepared(plan),
               "compressed_ddp: a CUDA graph holds the buffers of the bucket that begins with '", bucket->name(),
               "', but they would have to change for another world size; use a new TopKEFState, and capture again");
@@ -100,7 +103,11 @@ void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
   for (int collective = 0; collective < exchange.num_collectives(); ++collective) {
     try {
       // NCCL: only the stream waits.
-      stream.run([&] { exchange.start(collective, process_group)->wait(); });
+      stream.run([&] {
+        const c10::intrusive_ptr<c10d::ProcessGroup> group = of_collective[static_cast<size_t>(collective)].lock();
+        TORCH_CHECK(group, "the process group is gone");
+        if (const WorkPtr work = exchange.start(collective, *group)) work->wait();
+      });
     } catch (const std::exception& error) {
       mark();
       std::rethrow_exception(failed_exchange({bucket, step_, rank, static_cast<int>(world_size)}, error));
@@ -125,7 +132,10 @@ StageMaker Engine::stages_on_device(c10::Device device, GradientType type, const
     nan_if_flagged_on_device(payloads, stride, count, bucket, numel, of, *report, stream);
     return false;
   };
-  return {device, true, make({type, GradientType::kFloat32}), make({GradientType::kFloat32}), nan_if_flagged};
+  const auto deal = [=](const Dealt& dealt, const Node& node, GradientType of) {
+    return std::make_unique<ShardStagesDevice>(dealt, node, of, device, stream, report);
+  };
+  return {device, true, make({type, GradientType::kFloat32}), make({GradientType::kFloat32}), nan_if_flagged, deal};
 }
 
 void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group) {
@@ -134,8 +144,9 @@ void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Reques
   try {
     device_stream_->run([&] {
       note_dense(bucket, request, process_group.getSize());
-      buffer.div_(process_group.getSize()); // before the sum, so that fp16 does not overflow
-      start_all_reduce(process_group, buffer)->wait();
+      at::Tensor sent = buffer.div_(process_group.getSize()).to(dense_type(buffer)); // before the sum, so that fp16 does not overflow
+      start_all_reduce(process_group, sent)->wait();
+      if (!sent.is_same(buffer)) buffer.copy_(sent);
     });
   } catch (const std::exception& error) {
     std::rethrow_exception(failed_exchange({bucket, step_, process_group.getRank(), process_group.getSize()}, error));

@@ -7,6 +7,7 @@
 
 #include "cpu/decode_apply.h"
 #include "engine.h"
+#include "shard_stages.h"
 #include "stages_cpu.h"
 
 namespace compressed_ddp {
@@ -37,8 +38,8 @@ struct Engine::Run {
   std::function<bool(int)> finish; // returns whether the result is bad
   c10::IValue result;
   c10::intrusive_ptr<Future> future;
-  std::shared_ptr<LaunchOrder> order; // of the collectives behind the first
-  int64_t ticket = -1;
+  LaunchOrders orders; // of the collectives behind the first
+  std::array<int64_t, kMaxLaterCollectives> tickets{};
 
   // Before the future completes: whoever waits for it may ask the engine at once.
   void settle(bool bad) const {
@@ -52,7 +53,11 @@ struct Engine::Run {
   void fail(std::exception_ptr failure, int not_begun) const { // a collective, if there is one of this number
     settle(true);
     future->setError(std::move(failure));
-    if (not_begun < num_collectives) order->lose();
+    lose(not_begun);
+  }
+  void lose(int from) const { // these collectives are never going to begin on this rank
+    for (int collective = std::max(1, from); collective < num_collectives; ++collective)
+      orders[static_cast<size_t>(collective - 1)]->lose();
   }
   void complete(bool bad) {
     settle(bad);
@@ -60,7 +65,13 @@ struct Engine::Run {
   }
 
   c10::intrusive_ptr<Future> begin(int collective) const {
-    place.bucket->works.push_back(start(collective));
+    WorkPtr work = start(collective);
+    if (work == nullptr) { // nothing to exchange
+      auto done = c10::make_intrusive<Future>(c10::NoneType::get());
+      done->markCompleted();
+      return done;
+    }
+    place.bucket->works.push_back(std::move(work));
     c10::intrusive_ptr<Future> done = place.bucket->works.back()->getFuture();
     TORCH_CHECK(done, "the process group's backend gives no future for its work");
     return done;
@@ -82,12 +93,13 @@ struct Engine::Run {
       }
       if (failure != nullptr) return run->fail(failure, collective + 1);
       if (collective + 1 == run->num_collectives) return run->complete(bad);
-      run->order->launch(run->ticket, [run, collective](bool is_lost) -> LaunchOrder::Begun {
+      const auto lane = static_cast<size_t>(collective);
+      run->orders[lane]->launch(run->tickets[lane], [run, collective](bool is_lost) -> LaunchOrder::Begun {
         try {
           if (is_lost) throw std::runtime_error("an earlier exchange has failed on this rank, and the ranks' collectives no longer match");
           return {true, [run, next = collective + 1, done = run->begin(collective + 1)] { then(run, next, done); }};
         } catch (const std::exception& error) {
-          return {false, [run, collective, failure = failed_exchange(run->place, error)] { run->fail(failure, collective + 1); }};
+          return {false, [run, collective, failure = failed_exchange(run->place, error)] { run->fail(failure, collective + 2); }};
         }
       });
     });
@@ -105,67 +117,109 @@ void Engine::start(std::shared_ptr<Run> run, const Request& request) {
     const std::lock_guard lock(progress_->mutex);
     ++progress_->in_flight;
   }
+  run->orders = launch_orders_;
   c10::intrusive_ptr<Future> done;
   try {
     done = run->begin(0);
   } catch (const std::exception& error) {
     run->settle(true);
-    if (run->num_collectives > 1) launch_order_->lose();
+    run->lose(1);
     std::rethrow_exception(failed_exchange(run->place, error));
   }
-  if (run->num_collectives > 1) {
-    run->order = launch_order_;
-    run->ticket = launch_order_->take_ticket();
-  }
+  for (int later = 0; later + 1 < run->num_collectives; ++later)
+    run->tickets[static_cast<size_t>(later)] = run->orders[static_cast<size_t>(later)]->take_ticket();
   Run::then(run, 0, done);
 }
 
-// The process group of the collectives behind the first. Their order among those of other buckets' first ones differs from rank to rank,
-// which a process group does not allow.
-c10::intrusive_ptr<c10d::ProcessGroup> Engine::second_group(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
-  if (c10::intrusive_ptr<c10d::ProcessGroup> group = second_group_.lock()) return group;
-  TORCH_CHECK(options_.make_second_group, "compressed_ddp: this exchange needs a second process group");
-  c10::intrusive_ptr<c10d::ProcessGroup> group = options_.make_second_group(process_group);
-  second_group_ = c10::weak_intrusive_ptr<c10d::ProcessGroup>(group);
-  return group;
+// ---- process groups
+
+const Engine::Groups& Engine::groups(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group, const Bucket& bucket,
+                                     c10::DeviceType device_type) {
+  const bool on_device = bucket.key().on_device;
+  const auto found = groups_.find(on_device);
+  if (found != groups_.end()) return found->second;
+  return groups_.emplace(on_device, make_groups(process_group, !on_device, device_type)).first->second;
+}
+
+// On the CPU, collectives behind the first begin when another one is done: their order among other buckets' first ones differs from rank
+// to rank, which a process group does not allow. So each collective has its own. On a device all are enqueued in the order of the hook.
+Engine::Groups Engine::make_groups(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group, bool one_for_each,
+                                   c10::DeviceType device_type) {
+  const int64_t world_size = process_group->getSize(), rank = process_group->getRank();
+  Groups groups;
+  const auto add = [&](const c10::intrusive_ptr<c10d::ProcessGroup>& group) { groups.emplace_back(group); };
+  const auto make = [&](const std::vector<int64_t>& ranks) {
+    TORCH_CHECK(options_.make_group, "compressed_ddp: this exchange needs process groups of its own");
+    return options_.make_group(process_group, ranks, device_type);
+  };
+  const ExchangeKind kind = exchange_kind(world_size);
+  if (kind != ExchangeKind::kHierarchical) {
+    add(process_group);
+    if (num_collectives(kind) < 2) return groups;
+    std::vector<int64_t> all;
+    for (int64_t r = 0; r < world_size; ++r) all.push_back(r);
+    add(one_for_each ? make(all) : process_group);
+    return groups;
+  }
+  if (ranks_per_node_ == 0) {
+    TORCH_CHECK(options_.ranks_per_node > 0 || options_.find_ranks_per_node, "compressed_ddp: the number of ranks per node is not known");
+    const int64_t count = options_.ranks_per_node > 0 ? options_.ranks_per_node : options_.find_ranks_per_node(process_group);
+    TORCH_CHECK_VALUE(count > 0 && world_size % count == 0, "TopKEFState: exchange='hierarchical' needs as many ranks on each node, but ",
+                      count, " ranks per node do not divide the world size ", world_size,
+                      "; pass another ranks_per_node, or exchange='split'");
+    residuals_.set_shard({rank % count, count});
+    ranks_per_node_ = count;
+  }
+  const int64_t count = ranks_per_node_, nodes = world_size / count;
+  std::vector<int64_t> node, owners;
+  for (int64_t l = 0; l < count; ++l) node.push_back(rank - rank % count + l);
+  for (int64_t n = 0; n < nodes; ++n) owners.push_back(n * count + rank % count);
+  const c10::intrusive_ptr<c10d::ProcessGroup> in_node = make(node), between = make(owners);
+  add(in_node);
+  add(between);
+  for (int later = 1; later < num_collectives(default_exchange(nodes)); ++later) add(one_for_each ? make(owners) : between);
+  add(one_for_each ? make(node) : in_node);
+  return groups;
 }
 
 Bucket::Plan Engine::plan_of(c10d::ProcessGroup& process_group, double density) const {
   const int64_t world_size = process_group.getSize();
-  return {exchange_kind(world_size), {process_group.getRank(), world_size}, density, options_.error_feedback};
+  return {exchange_kind(world_size), process_group.getRank(), world_size, ranks_per_node_, density, options_.error_feedback};
 }
 
-StageMaker Engine::stages_on_cpu() {
+StageMaker Engine::stages_on_cpu(ExchangeKind kind) {
   const auto make = [](SelectScratch* scratch) {
     return [scratch](BucketRange range, bool may_drop) { return std::make_unique<StagesCpu>(std::move(range), may_drop, scratch); };
   };
-  return {at::kCPU, false, make(&scratch_), make(nullptr), nan_if_flagged_on_cpu};
+  const auto deal = [](const Dealt& dealt, const Node& node, GradientType type) {
+    return std::make_unique<ShardStagesCpu>(dealt, node, type);
+  };
+  // hierarchical selects behind a collective, when the hook may be busy with the next bucket.
+  SelectScratch* scratch = kind == ExchangeKind::kHierarchical ? nullptr : &scratch_;
+  return {at::kCPU, false, make(scratch), make(nullptr), nan_if_flagged_on_cpu, deal};
 }
 
 void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request,
                            const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const int64_t world_size = process_group->getSize(), rank = process_group->getRank();
   agree(bucket, *process_group, at::kCPU);
-  const ExchangeKind kind = exchange_kind(world_size);
-  const c10::weak_intrusive_ptr<c10d::ProcessGroup> first(process_group);
-  const c10::weak_intrusive_ptr<c10d::ProcessGroup> second(kind == ExchangeKind::kSplit ? second_group(process_group) : process_group);
-
+  const Groups of_collective = groups(process_group, *bucket, at::kCPU);
   const Bucket::Plan how = plan_of(*process_group, density_of_current_step());
-  if (!bucket->is_prepared(how)) bucket->prepare(how, residuals_, stages_on_cpu());
+  if (!bucket->is_prepared(how)) bucket->prepare(how, residuals_, stages_on_cpu(how.kind));
   bucket->begin(request.buffer, request.unused, step_);
   note_sparse(bucket, request, world_size);
 
   auto run = std::make_shared<Run>();
   run->place = {bucket, step_, static_cast<int>(rank), static_cast<int>(world_size)};
   run->num_collectives = bucket->exchange().num_collectives();
-  run->start = [bucket, first, second](int collective) {
-    const c10::intrusive_ptr<c10d::ProcessGroup> group = (collective == 0 ? first : second).lock();
+  run->start = [bucket, of_collective](int collective) {
+    const c10::intrusive_ptr<c10d::ProcessGroup> group = of_collective[static_cast<size_t>(collective)].lock();
     TORCH_CHECK(group, "the process group is gone");
     return bucket->exchange().start(collective, *group);
   };
   run->finish = [bucket, buffer = request.buffer](int collective) mutable {
     const bool bad = bucket->exchange().finish(collective, buffer);
-    bucket->note_returned();
+    bucket->note_sums();
     return bad;
   };
   start(std::move(run), request);
@@ -175,17 +229,34 @@ void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& 
                           const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const int64_t world_size = process_group->getSize();
   agree(bucket, *process_group, at::kCPU);
-  note_dense(bucket, request, world_size);
   at::Tensor buffer = request.buffer;
-  buffer.div_(world_size); // before the sum, so that fp16 does not overflow
+  note_dense(bucket, request, world_size);
+  at::Tensor sent = buffer.div_(world_size).to(dense_type(buffer)); // before the sum, so that fp16 does not overflow; often buffer itself
   auto run = std::make_shared<Run>();
   run->place = {bucket, step_, process_group->getRank(), static_cast<int>(world_size)};
   run->num_collectives = 1;
-  run->start = [group = c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group), buffer](int) mutable {
-    return start_all_reduce(*group.lock(), buffer);
+  run->start = [group = c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group), sent](int) mutable {
+    return start_all_reduce(*group.lock(), sent);
   };
-  run->finish = [](int) { return false; };
+  run->finish = [buffer, sent](int) mutable {
+    if (!sent.is_same(buffer)) buffer.copy_(sent);
+    return false;
+  };
   start(std::move(run), request);
+}
+
+at::ScalarType Engine::dense_type(const at::Tensor& buffer) const {
+  if (step_ < options_.dense_steps || !options_.exchange.has_value()) return buffer.scalar_type();
+  switch (*options_.exchange) {
+    case ExchangeKind::kDenseFloat32:
+      return at::kFloat;
+    case ExchangeKind::kDenseBFloat16:
+      return at::kBFloat16;
+    case ExchangeKind::kDenseFloat16:
+      return at::kHalf;
+    default:
+      return buffer.scalar_type();
+  }
 }
 
 // Devices without an engine of their own: through host memory, and done when the hook returns.
@@ -224,8 +295,11 @@ void Engine::note_dense(const std::shared_ptr<Bucket>& bucket, const Request& re
   bucket->last = {};
   bucket->last.step = step_;
   bucket->last.dense = true;
-  bucket->last.gradient_bytes = bucket->last.payload_bytes = static_cast<double>(gradient_bytes);
-  bucket->last.dense_bytes = bucket->last.bytes_sent.all_reduce = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
+  const int64_t sent_bytes = request.buffer.numel() * static_cast<int64_t>(c10::elementSize(dense_type(request.buffer)));
+  bucket->last.gradient_bytes = static_cast<double>(gradient_bytes);
+  bucket->last.payload_bytes = static_cast<double>(sent_bytes);
+  bucket->last.dense_bytes = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
+  bucket->last.bytes_sent.all_reduce = ring_all_reduce_sent_bytes(world_size, sent_bytes);
   const at::Tensor norm = at::linalg_vector_norm(request.buffer, 2, std::nullopt, false, at::kFloat);
 #if COMPRESSED_DDP_CUDA
   if (bucket->key().on_device) bucket->dense_norm = norm; // metrics() reads it, and only then waits

@@ -71,7 +71,8 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::export_residuals() {
 
 // Once ranks have compressed, the buckets that they have compared stay compared: if only one rank loads in the middle of a run, it
 // must not start a comparison that the others do not take part in. Every payload carries its step, so all notice at the next exchange.
-void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Tensor>>& residuals) {
+void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Tensor>>& residuals, const std::optional<Shard>& shard,
+                  const std::vector<ShardPlace>& places) {
   const std::lock_guard lock(mutex_);
   TORCH_CHECK_VALUE(!(has_compressed_ && step < options_.dense_steps),
                     "TopKEFState.load_state_dict: this state is past its dense steps and cannot go back to step ", step,
@@ -80,7 +81,7 @@ void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Ten
   check_not_captured("load_state_dict");
 #endif
   wait_until_idle();
-  residuals_.import_residuals(residuals);
+  residuals_.import_residuals(residuals, shard, places);
 #if COMPRESSED_DDP_CUDA
   clear_reports();
 #endif
@@ -93,6 +94,16 @@ void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Ten
   step_begun_ = progress_->step_is_bad = false;
   agreement_bytes_ = 0;
   metrics_ = {};
+}
+
+std::optional<Shard> Engine::shard() const {
+  const std::lock_guard lock(mutex_);
+  return residuals_.shard();
+}
+
+std::vector<ShardPlace> Engine::shard_places() const {
+  const std::lock_guard lock(mutex_);
+  return residuals_.shard_places();
 }
 
 Metrics Engine::current_metrics() const {

@@ -4,6 +4,8 @@
 //   allgather      one payload of the whole bucket to every rank                             exchange_allgather.cpp
 //   split          a payload per owner of a range; owners average and select again;          exchange_split.cpp
 //                  one payload of the range's average to every rank
+//   hierarchical   whole gradients inside a node, to the owner of a shard; one of the two    exchange_hierarchical.cpp
+//                  above between the owners of a shard; its average inside the node
 //   dense          an all-reduce: no payload, no Exchange object (engine.cpp)
 #pragma once
 
@@ -11,27 +13,21 @@
 #include <string_view>
 
 #include "collectives.h"
+#include "exchange_kind.h"
+#include "shard_stages.h"
 #include "stages.h"
 
 namespace compressed_ddp {
 
-enum class ExchangeKind : int64_t { kAllGather = 0, kSplit = 1, kDense = 2 };
-inline constexpr ExchangeKind kExchangeKinds[] = {ExchangeKind::kAllGather, ExchangeKind::kSplit, ExchangeKind::kDense};
-const char* name_of(ExchangeKind kind); // "allgather", "split", "dense"
-
-// What a state does that names no exchange. A function of the world size alone, so that runs repeat.
-inline constexpr int64_t kAllGatherRanks = 16;
-inline ExchangeKind default_exchange(int64_t world_size) {
-  return world_size <= kAllGatherRanks ? ExchangeKind::kAllGather : ExchangeKind::kSplit;
-}
-
 struct SentBytes { // of one step of one bucket, by this rank; what it keeps for itself is not counted
   double all_gather = 0, all_to_all = 0, all_reduce = 0;
+  double in_node = 0; // by hierarchical, to ranks of the same node; the others are between nodes then
   double sum() const { return all_gather + all_to_all + all_reduce; }
   SentBytes& operator+=(const SentBytes& other) {
     all_gather += other.all_gather;
     all_to_all += other.all_to_all;
     all_reduce += other.all_reduce;
+    in_node += other.in_node;
     return *this;
   }
 };
@@ -43,8 +39,10 @@ class Exchange {
   virtual ~Exchange() = default;
 
   virtual int num_collectives() const = 0;
-  // Stages 1 and 2. gradient: the bucket, flat. unused: per entry.
-  virtual StageSums begin(const at::Tensor& gradient, const std::vector<uint8_t>& unused, int64_t step) = 0;
+  // gradient: the bucket, flat.
+  virtual void begin(const at::Tensor& gradient, const Unused& unused, int64_t step) = 0;
+  // Each collective has a process group of its own on the CPU, where those of several buckets begin in no fixed order. nullptr: this rank
+  // has nothing to exchange with the ranks of that group, nor they with it.
   virtual WorkPtr start(int collective, ProcessGroup& process_group) = 0;
   // The last one writes the averages into `gradient`. Returns whether the result, the same on every rank, is non-finite somewhere (on a
   // device the report knows). Throws, `gradient` untouched, when a payload is not what it should be.
@@ -53,18 +51,33 @@ class Exchange {
   virtual void restore(const uint32_t* condition) = 0;
   virtual void forget_sent() = 0;
 
-  virtual int64_t payload_bytes() const = 0; // that begin writes
+  virtual int64_t payload_bytes() const = 0; // that this rank encodes of its gradient
   virtual SentBytes sent_bytes() const = 0;
-  virtual const std::vector<std::unique_ptr<Stages>>& stages() const = 0; // that begin runs: of these the statistics are
-  double returned_sq() const { return returned_sq_; }                     // CPU: of the last step, what return_dropped gave back
+  virtual const std::vector<std::unique_ptr<Stages>>& stages() const = 0; // that select from the gradient: of these the statistics are
+  virtual const StageSums& sums() const { return sums_; }                 // CPU: of the last step, as far as it has come
+  // Whether begin with this `unused` (per entry) is enqueued without a wait.
+  virtual bool knows_unused(const std::vector<uint8_t>& unused) const {
+    for (const auto& part : stages())
+      if (part != nullptr && !part->knows_unused(unused)) return false;
+    return true;
+  }
 
  protected:
-  double returned_sq_ = 0;
+  StageSums sums_;
 };
 
-struct RankOf {
-  int64_t rank, world_size;
-  bool operator==(const RankOf&) const = default;
+// Who takes part in an exchange of payloads, and as which ranks of the job.
+struct Members {
+  int64_t index, count;  // this process among them
+  Senders senders;       // all of them
+  Sender self(int64_t step) const { return {senders.rank_of(index), senders.world_size, step}; }
+};
+// All ranks of the job.
+inline Members all_ranks(int64_t rank, int64_t world_size) { return {rank, world_size, {0, world_size}}; }
+
+// What a selection reads, and what the averages are rounded to. One type, but for what a node has summed: that is fp32.
+struct ExchangeTypes {
+  GradientType gradient, result;
 };
 
 // Makes `bucket` NaN everywhere if one of the `count` payloads, which begin every `stride` bytes, is flagged as non-finite. Returns whether
@@ -79,12 +92,19 @@ struct StageMaker {
   MakeStages make;       // for the hook's thread
   MakeStages make_owner; // for threads of the process group, beside the hook
   NanIfFlagged nan_if_flagged;
+  std::function<std::unique_ptr<ShardStages>(const Dealt&, const Node&, GradientType)> deal;
 };
 
 // `range`: of the whole bucket.
-std::unique_ptr<Exchange> make_all_gather_exchange(BucketRange range, RankOf ranks, GradientType type, const StageMaker& maker);
-// `ranges`: that of every rank, one after another; empty ones come last.
-std::unique_ptr<Exchange> make_split_exchange(std::vector<BucketRange> ranges, RankOf ranks, GradientType type, const StageMaker& maker);
+std::unique_ptr<Exchange> make_all_gather_exchange(BucketRange range, const Members& members, ExchangeTypes types, const StageMaker& maker);
+// `ranges`: that of every member, one after another; empty ones come last.
+std::unique_ptr<Exchange> make_split_exchange(std::vector<BucketRange> ranges, const Members& members, ExchangeTypes types,
+                                              const StageMaker& maker);
+
+// between: the exchange of this rank's shard with the ranks of other nodes that own the same, of `between_collectives` collectives; nullptr
+// when the shard is empty, on all of them. Its gradient is fp32, its result of `type`.
+std::unique_ptr<Exchange> make_hierarchical_exchange(const Dealt& dealt, const Node& node, std::unique_ptr<Exchange> between,
+                                                     int between_collectives, GradientType type, const StageMaker& maker);
 
 // Uninitialised bytes on a device.
 at::Tensor bytes_on(c10::Device device, int64_t bytes);

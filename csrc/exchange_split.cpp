@@ -27,10 +27,10 @@ namespace {
 
 class SplitExchange final : public Exchange {
  public:
-  SplitExchange(std::vector<BucketRange> ranges, RankOf ranks, GradientType type, const StageMaker& maker)
-      : ranks_(ranks), type_(type), on_device_(maker.on_device), nan_if_flagged_(maker.nan_if_flagged) {
+  SplitExchange(std::vector<BucketRange> ranges, const Members& members, ExchangeTypes types, const StageMaker& maker)
+      : members_(members), types_(types), on_device_(maker.on_device), nan_if_flagged_(maker.nan_if_flagged) {
     for (const BucketRange& range : ranges) numel_ += range.numel();
-    const size_t own = static_cast<size_t>(ranks.rank);
+    const size_t own = static_cast<size_t>(members.index);
     BucketRange averages = ranges[own];
     for (BucketRange& range : ranges) {
       begins_.push_back(range.begin);
@@ -46,10 +46,10 @@ class SplitExchange final : public Exchange {
     }
     stride_ = *std::max_element(bytes_.begin(), bytes_.end());
     sent_ = bytes_on(maker.device, send_bytes_);
-    received_ = bytes_on(maker.device, ranks.world_size * bytes_[own]);
+    received_ = bytes_on(maker.device, members.count * bytes_[own]);
     average_ =
         at::zeros({stride_}, sent_.options()); // of equal size on all ranks; zeros behind the payload, and no garbage before the first
-    gathered_ = bytes_on(maker.device, ranks.world_size * stride_);
+    gathered_ = bytes_on(maker.device, members.count * stride_);
     if (stages_[own] == nullptr) return;
     const auto fp32 = sent_.options().dtype(at::kFloat);
     sum_ = at::empty({averages.numel()}, fp32);
@@ -66,23 +66,20 @@ class SplitExchange final : public Exchange {
 
   int num_collectives() const override { return 2; }
 
-  StageSums begin(const at::Tensor& gradient, const std::vector<uint8_t>& unused, int64_t step) override {
+  void begin(const at::Tensor& gradient, const Unused& unused, int64_t step) override {
     step_ = step;
-    returned_sq_ = 0;
+    sums_ = {};
     refused_ = nullptr;
     has_added_lost_ = false;
     if (lost_.defined()) owner_->clear(lost_.data_ptr<float>(), lost_.numel());
-    StageSums sums;
     for (size_t o = 0; o < stages_.size(); ++o)
       if (stages_[o] != nullptr)
-        sums += stages_[o]->compensate_select_and_encode(part_of(gradient, o), type_, stages_[o]->range().unused_segments(unused),
-                                                         {ranks_.rank, ranks_.world_size, step}, payload_for(o));
-    return sums;
+        sums_ += stages_[o]->compensate_select_and_encode(part_of(gradient, o), types_.gradient, unused, members_.self(step), payload_for(o));
   }
 
   WorkPtr start(int collective, ProcessGroup& process_group) override {
     if (collective == 1) return start_all_gather(process_group, average_, gathered_);
-    const std::vector<int64_t> from_each(static_cast<size_t>(ranks_.world_size), bytes_[static_cast<size_t>(ranks_.rank)]);
+    const std::vector<int64_t> from_each(static_cast<size_t>(members_.count), bytes_[static_cast<size_t>(members_.index)]);
     return start_all_to_all(process_group, sent_, received_, bytes_, from_each);
   }
 
@@ -95,8 +92,9 @@ class SplitExchange final : public Exchange {
       // The other ranks wait for this one's averages: they get a header that says why there are none.
       if (on_device_) throw; // a launch that failed, here and not there
       refused_ = std::current_exception();
+      const Sender self = members_.self(step_);
       PayloadHeader header =
-          make_header(owner_->layout(), static_cast<uint32_t>(ranks_.rank), static_cast<uint32_t>(ranks_.world_size), step_, false);
+          make_header(owner_->layout(), static_cast<uint32_t>(self.rank), static_cast<uint32_t>(self.world_size), step_, false);
       header.flags = kFlagRefused;
       std::memcpy(average_.data_ptr<uint8_t>(), &header, sizeof header);
     }
@@ -105,7 +103,7 @@ class SplitExchange final : public Exchange {
 
   void restore(const uint32_t* condition) override {
     if (has_added_lost_)
-      own().add_lost(average_.const_data_ptr<uint8_t>(), lost_.const_data_ptr<float>(), -world_size_factor(), type_, condition);
+      own().add_lost(average_.const_data_ptr<uint8_t>(), lost_.const_data_ptr<float>(), -count_factor(), types_.result, condition);
     has_added_lost_ = has_added_lost_ && condition != nullptr; // a device undoes it once by itself
     for (size_t o = 0; o < stages_.size(); ++o)
       if (stages_[o] != nullptr) stages_[o]->restore(payload_for(o), condition);
@@ -117,53 +115,59 @@ class SplitExchange final : public Exchange {
 
   int64_t payload_bytes() const override { return send_bytes_; }
   SentBytes sent_bytes() const override {
-    return {.all_gather = all_gather_sent_bytes(ranks_.world_size, stride_),
-            .all_to_all = static_cast<double>(send_bytes_ - bytes_[static_cast<size_t>(ranks_.rank)])};
+    return {.all_gather = all_gather_sent_bytes(members_.count, stride_),
+            .all_to_all = static_cast<double>(send_bytes_ - bytes_[static_cast<size_t>(members_.index)])};
   }
   const std::vector<std::unique_ptr<Stages>>& stages() const override { return stages_; }
 
  private:
-  Stages& own() { return *stages_[static_cast<size_t>(ranks_.rank)]; }
+  Stages& own() { return *stages_[static_cast<size_t>(members_.index)]; }
   uint8_t* payload_for(size_t owner) { return sent_.data_ptr<uint8_t>() + offsets_[owner]; }
-  float world_size_factor() const { return static_cast<float>(ranks_.world_size); }
+  float count_factor() const { return static_cast<float>(members_.count); }
   void* part_of(const at::Tensor& bucket, size_t owner) const {
     return static_cast<uint8_t*>(bucket.data_ptr()) + begins_[owner] * bucket.element_size();
   }
 
   void select_averages() {
-    const Received received{received_.const_data_ptr<uint8_t>(), ranks_.world_size, {0, ranks_.world_size}, step_};
+    const Received received{received_.const_data_ptr<uint8_t>(), members_.count, members_.senders, step_};
     own().check(received);
     own().decode_apply(received, sum_.mutable_data_ptr(), GradientType::kFloat32);
-    const std::vector<uint8_t> all_used(owner_->layout().segments.size());
-    owner_->compensate_select_and_encode(sum_.const_data_ptr(), GradientType::kFloat32, all_used, {ranks_.rank, ranks_.world_size, step_},
+    const Unused all_used;
+    owner_->compensate_select_and_encode(sum_.const_data_ptr(), GradientType::kFloat32, all_used, members_.self(step_),
                                          average_.data_ptr<uint8_t>());
     if (!lost_.defined()) return;
-    own().add_lost(average_.const_data_ptr<uint8_t>(), lost_.const_data_ptr<float>(), world_size_factor(), type_, nullptr);
+    own().add_lost(average_.const_data_ptr<uint8_t>(), lost_.const_data_ptr<float>(), count_factor(), types_.result, nullptr);
     has_added_lost_ = true;
   }
 
   bool apply_averages(at::Tensor& gradient) {
     if (refused_ != nullptr) std::rethrow_exception(refused_);
     const auto received_from = [&](size_t o) {
-      return Received{
-          gathered_.const_data_ptr<uint8_t>() + static_cast<int64_t>(o) * stride_, 1, {static_cast<int64_t>(o), ranks_.world_size}, step_};
+      const auto owner = static_cast<int64_t>(o);
+      return Received{gathered_.const_data_ptr<uint8_t>() + owner * stride_,
+                      1,
+                      {members_.senders.rank_of(owner), members_.senders.world_size},
+                      step_};
     };
     // All before the first is applied: nothing is written if one is not what it should be.
     for (size_t o = 0; o < stages_.size(); ++o)
       if (stages_[o] != nullptr) stages_[o]->check(received_from(o));
     bool bad = false;
     for (size_t o = 0; o < stages_.size(); ++o)
-      if (stages_[o] != nullptr) bad = stages_[o]->decode_apply(received_from(o), part_of(gradient, o), type_) || bad;
+      if (stages_[o] != nullptr) bad = stages_[o]->decode_apply(received_from(o), part_of(gradient, o), types_.result) || bad;
     const auto count = static_cast<int64_t>(std::find(bytes_.begin(), bytes_.end(), 0) - bytes_.begin()); // empty ranges come last
-    bad = nan_if_flagged_(gathered_.const_data_ptr<uint8_t>(), stride_, count, gradient.mutable_data_ptr(), numel_, type_) || bad;
+    bad = nan_if_flagged_(gathered_.const_data_ptr<uint8_t>(), stride_, count, gradient.mutable_data_ptr(), numel_, types_.result) || bad;
+    double returned_sq = 0;
     for (size_t o = 0; o < stages_.size(); ++o)
       if (stages_[o] != nullptr && stages_[o]->has_residuals())
-        returned_sq_ += stages_[o]->return_dropped(payload_for(o), part_of(gradient, o), type_);
+        returned_sq += stages_[o]->return_dropped(payload_for(o), part_of(gradient, o), types_.result);
+    sums_.residual_sq += returned_sq; // it is no longer sent
+    sums_.sent_sq -= returned_sq;
     return bad;
   }
 
-  RankOf ranks_;
-  GradientType type_;
+  Members members_;
+  ExchangeTypes types_;
   bool on_device_;
   NanIfFlagged nan_if_flagged_;
   int64_t numel_ = 0;
@@ -182,8 +186,9 @@ class SplitExchange final : public Exchange {
 
 } // namespace
 
-std::unique_ptr<Exchange> make_split_exchange(std::vector<BucketRange> ranges, RankOf ranks, GradientType type, const StageMaker& maker) {
-  return std::make_unique<SplitExchange>(std::move(ranges), ranks, type, maker);
+std::unique_ptr<Exchange> make_split_exchange(std::vector<BucketRange> ranges, const Members& members, ExchangeTypes types,
+                                              const StageMaker& maker) {
+  return std::make_unique<SplitExchange>(std::move(ranges), members, types, maker);
 }
 
 } // namespace compressed_ddp

@@ -5,9 +5,11 @@
 // and Gloo aborts a process that receives another size than it expects. So nothing begins any more on that rank.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -62,5 +64,14 @@ class LaunchOrder {
   bool is_lost_ = false;
   std::map<int64_t, Begin> waiting_;
 };
+
+// Of the collectives of one exchange behind the first: each of them has a process group of its own, and an order in it.
+inline constexpr int kMaxLaterCollectives = 3;
+using LaunchOrders = std::array<std::shared_ptr<LaunchOrder>, kMaxLaterCollectives>;
+inline LaunchOrders new_launch_orders() {
+  LaunchOrders orders;
+  for (auto& order : orders) order = std::make_shared<LaunchOrder>();
+  return orders;
+}
 
 } // namespace compressed_ddp

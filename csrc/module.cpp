@@ -18,6 +18,7 @@ namespace {
 namespace py = pybind11;
 using FuturePtr = std::shared_ptr<torch::jit::PythonFutureWrapper>;
 using release_gil = py::gil_scoped_release;
+using PlaceTuple = std::tuple<std::string, int64_t, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
 
 // A Python hook must complete its future with a Python object (PythonCommHook::parseHookResult). It is made here, while the GIL is
 // held, so that completing the future later needs none.
@@ -58,31 +59,32 @@ std::function<double(int64_t)> density_function(py::object callable) {
   };
 }
 
-// dist.new_group, called from the hook with the GIL.
-std::function<c10::intrusive_ptr<c10d::ProcessGroup>(c10::intrusive_ptr<c10d::ProcessGroup>)> group_function(py::object callable) {
-  const std::shared_ptr<py::object> holder = shared_with_gil(std::move(callable));
-  return [holder](const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
+// Both are called from the hook, with the GIL.
+void use_groups(EngineOptions& options, py::object groups) {
+  const std::shared_ptr<py::object> holder = shared_with_gil(std::move(groups));
+  const auto call = [holder](const char* what, auto&& function) {
     const py::gil_scoped_acquire gil;
     try {
-      return (*holder)(process_group).cast<c10::intrusive_ptr<c10d::ProcessGroup>>();
+      return function(*holder);
     } catch (const py::error_already_set& error) { // must not travel through threads without the GIL
-      throw std::runtime_error("compressed_ddp: a second process group, which this exchange needs, could not be made: " +
-                               py::str(error.value()).cast<std::string>());
+      throw std::runtime_error(std::string("compressed_ddp: ") + what + ": " + py::str(error.value()).cast<std::string>());
     }
   };
-}
-
-// Checked by TopKEFState.
-std::optional<ExchangeKind> exchange_of(const std::string& name) {
-  for (const ExchangeKind kind : kExchangeKinds)
-    if (name == name_of(kind)) return kind;
-  return std::nullopt;
+  options.make_group = [call](const EngineOptions::ProcessGroupPtr& process_group, const std::vector<int64_t>& ranks, c10::DeviceType type) {
+    return call("a process group that this exchange needs could not be made", [&](const py::object& object) {
+      return object.attr("make")(process_group, ranks, c10::DeviceTypeName(type, true)).cast<EngineOptions::ProcessGroupPtr>();
+    });
+  };
+  options.find_ranks_per_node = [call](const EngineOptions::ProcessGroupPtr& process_group) {
+    return call("the ranks of a node could not be found out",
+                [&](const py::object& object) { return object.attr("find_ranks_per_node")(process_group).cast<int64_t>(); });
+  };
 }
 
 // A deleter with the GIL: the engine keeps the results of the last step, which are Python objects.
 std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope, const std::string& value_format,
-                                    const std::string& exchange, py::object make_second_group, bool error_feedback, int64_t dense_steps,
-                                    int64_t min_compress_numel, bool exempt_needs_names) {
+                                    const std::string& exchange, int64_t ranks_per_node, py::object groups, bool error_feedback,
+                                    int64_t dense_steps, int64_t min_compress_numel, bool exempt_needs_names) {
   EngineOptions options;
   if (PyCallable_Check(density.ptr()) != 0)
     options.density_of_step = density_function(std::move(density));
@@ -90,8 +92,9 @@ std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope
     options.density = density.cast<double>();
   options.scope = scope == "bucket" ? Scope::kBucket : scope == "chunk" ? Scope::kChunk : Scope::kTensor;
   options.value_format = value_format_of(value_format);
-  options.exchange = exchange_of(exchange);
-  options.make_second_group = group_function(std::move(make_second_group));
+  options.exchange = exchange_kind_of(exchange); // checked by TopKEFState
+  options.ranks_per_node = ranks_per_node;
+  use_groups(options, std::move(groups));
   options.error_feedback = error_feedback;
   options.dense_steps = dense_steps;
   options.min_compress_numel = min_compress_numel;
@@ -105,12 +108,13 @@ std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope
 
 py::dict metrics_dict(const Metrics& m) {
   py::dict d;
-  const double bytes_sent = m.bytes_sent.sum() + m.agreement_bytes;
+  const double bytes_sent = m.bytes_sent.sum() + m.agreement_bytes; // not in_node
   d["compressed_ddp/bytes_sent"] = bytes_sent;
   d["compressed_ddp/bytes_sent_all_gather"] = m.bytes_sent.all_gather;
   d["compressed_ddp/bytes_sent_all_to_all"] = m.bytes_sent.all_to_all;
   d["compressed_ddp/bytes_sent_all_reduce"] = m.bytes_sent.all_reduce;
   d["compressed_ddp/bytes_sent_agreement"] = m.agreement_bytes;
+  d["compressed_ddp/bytes_sent_in_node"] = m.bytes_sent.in_node;
   d["compressed_ddp/dense_bytes"] = m.dense_bytes;
   d["compressed_ddp/compression_ratio"] = m.payload_bytes > 0 ? m.gradient_bytes / m.payload_bytes : std::nan("");
   d["compressed_ddp/wire_ratio"] = bytes_sent > 0 ? m.dense_bytes / bytes_sent : std::nan("");
@@ -169,8 +173,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("density"), py::arg("scope"), py::arg("value_format"), py::arg("exchange"),
-           py::arg("make_second_group"), py::arg("error_feedback"), py::arg("dense_steps"), py::arg("min_compress_numel"),
-           py::arg("exempt_needs_names"))
+           py::arg("ranks_per_node"), py::arg("groups"), py::arg("error_feedback"), py::arg("dense_steps"),
+           py::arg("min_compress_numel"), py::arg("exempt_needs_names"))
       .def("set_process_group", &Engine::set_process_group, py::call_guard<release_gil>())
       .def("has_process_group", &Engine::has_process_group, py::call_guard<release_gil>())
       .def("bind",
@@ -201,7 +205,33 @@ PYBIND11_MODULE(_C, m) {
       .def("rollback", &Engine::rollback, py::call_guard<release_gil>())
       .def("reset", &Engine::reset, py::call_guard<release_gil>())
       .def("export_residuals", &Engine::export_residuals, py::call_guard<release_gil>())
-      .def("load", &Engine::load, py::call_guard<release_gil>())
+      // Of whole residuals: no shard, no places. A place: name, begin, end, sizes, strides.
+      .def("load",
+           [](Engine& engine, int64_t step, const std::vector<std::pair<std::string, at::Tensor>>& residuals,
+              const std::optional<std::pair<int64_t, int64_t>>& shard, const std::vector<PlaceTuple>& places) {
+             std::vector<ShardPlace> of_shards;
+             for (const auto& [name, begin, end, sizes, strides] : places) of_shards.push_back({name, begin, end, sizes, strides});
+             const release_gil released;
+             engine.load(step, residuals, shard.has_value() ? std::optional(Shard{shard->first, shard->second}) : std::nullopt, of_shards);
+           })
+      .def("shard",
+           [](Engine& engine) -> std::optional<std::pair<int64_t, int64_t>> {
+             const release_gil released;
+             const std::optional<Shard> shard = engine.shard();
+             if (!shard.has_value()) return std::nullopt;
+             return std::pair(shard->index, shard->count);
+           })
+      .def("shard_places",
+           [](Engine& engine) {
+             std::vector<ShardPlace> places;
+             {
+               const release_gil released;
+               places = engine.shard_places();
+             }
+             std::vector<PlaceTuple> tuples;
+             for (const ShardPlace& place : places) tuples.emplace_back(place.name, place.begin, place.end, place.sizes, place.strides);
+             return tuples;
+           })
       .def("metrics",
            [](Engine& engine) {
              Metrics metrics;

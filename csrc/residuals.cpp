@@ -5,6 +5,8 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include <utility>
+
 namespace compressed_ddp {
 namespace {
 
@@ -43,7 +45,7 @@ EntryPtr ResidualStore::make_entry(const at::Tensor& parameter) {
   return entry;
 }
 
-at::Tensor Entry::shaped_residual() const { return residual.as_strided(sizes, strides); }
+at::Tensor Entry::shaped_residual() const { return is_shard ? residual : residual.as_strided(sizes, strides); }
 
 void ResidualStore::bind(const std::vector<NamedParameter>& parameters) {
   if (bound_) {
@@ -127,18 +129,65 @@ void ResidualStore::ensure_residual(Entry& entry, c10::Device device) {
   if (entry.parameter.has_value()) { // its memory order may have changed since it was bound: net.to(memory_format=...)
     if (const auto parameter = entry.parameter->lock()) entry.strides = bucket_strides(at::Tensor(parameter));
   }
-  entry.residual = at::zeros({entry.numel}, at::TensorOptions().dtype(at::kFloat).device(device));
+  const Shard shard = shard_.value_or(Shard{});
+  entry.is_shard = shard_.has_value();
+  entry.residual_begin = shard.begin(entry.numel);
+  entry.residual = at::zeros({shard.numel_of(entry.numel)}, at::TensorOptions().dtype(at::kFloat).device(device));
+}
+
+void ResidualStore::set_shard(const Shard& shard) {
+  if (shard_.value_or(Shard{}) == shard) return;
+  bool has_residuals = !waiting_.empty();
+  for (const auto& [impl, entry] : by_parameter_) has_residuals = has_residuals || entry->residual.defined();
+  for (const auto& [name, entry] : by_name_) has_residuals = has_residuals || entry->residual.defined();
+  const Shard before = shard_.value_or(Shard{});
+  TORCH_CHECK_VALUE(!has_residuals, "TopKEFState: this rank keeps shard ", before.index, " of ", before.count,
+                    " of the residuals, but its place in its node now asks for shard ", shard.index, " of ", shard.count,
+                    "; go on with as many ranks on each node as before (ranks_per_node), or start without residuals");
+  shard_ = shard.count == 1 ? std::nullopt : std::optional(shard);
+}
+
+ShardPlace ResidualStore::place_of(const Entry& entry) const {
+  const Shard shard = shard_.value_or(Shard{});
+  return {entry.name, shard.begin(entry.numel), shard.end(entry.numel), entry.sizes, entry.strides};
+}
+
+std::vector<ShardPlace> ResidualStore::shard_places() const {
+  std::vector<ShardPlace> places;
+  for (const auto& [name, entry] : by_name_)
+    if (entry->residual.defined()) places.push_back(place_of(*entry));
+  for (const auto& [name, place] : waiting_places_) places.push_back(place);
+  return places;
+}
+
+// A residual that was loaded, when its parameter is known.
+void ResidualStore::check_loaded(const Entry& entry, const at::Tensor& residual) const {
+  const std::string who = "TopKEFState.load_state_dict: the residual of '" + entry.name + "' ";
+  const auto place = waiting_places_.find(entry.name);
+  if (place == waiting_places_.end()) {
+    TORCH_CHECK_VALUE(residual.sizes() == c10::IntArrayRef(entry.sizes), who, "has shape ", shape_text(residual.sizes()),
+                      " but the parameter has shape ", shape_text(entry.sizes), "; load a state of the same model");
+    return;
+  }
+  const ShardPlace expected = place_of(entry), &got = place->second;
+  TORCH_CHECK_VALUE(got.sizes == expected.sizes, who, "is of a parameter of shape ", shape_text(got.sizes), " but the parameter has shape ",
+                    shape_text(expected.sizes), "; load a state of the same model");
+  TORCH_CHECK_VALUE(got.strides == expected.strides, who, "was saved of a parameter with strides ", shape_text(got.strides),
+                    " but the parameter has strides ", shape_text(expected.strides),
+                    "; a shard follows the memory format: bring the model into the one that it was saved in before this state is bound to it");
+  TORCH_CHECK_VALUE(got.begin == expected.begin && got.end == expected.end && residual.dim() == 1 && residual.numel() == got.end - got.begin,
+                    who, "is said to hold entries ", got.begin, " to ", got.end, " and has shape ", shape_text(residual.sizes()),
+                    ", but this rank keeps entries ", expected.begin, " to ", expected.end, "; load this rank's own file");
 }
 
 void ResidualStore::take_waiting(Entry& entry) {
   const auto found = waiting_.find(entry.name);
   if (found == waiting_.end()) return;
-  TORCH_CHECK_VALUE(found->second.sizes() == c10::IntArrayRef(entry.sizes), "TopKEFState.load_state_dict: the residual of '", entry.name,
-                    "' has shape ", shape_text(found->second.sizes()), " but the parameter has shape ", shape_text(entry.sizes),
-                    "; load a state of the same model");
+  check_loaded(entry, found->second);
   ensure_residual(entry, entry.residual.defined() ? entry.residual.device() : at::kCPU);
   entry.shaped_residual().copy_(found->second);
   waiting_.erase(found);
+  waiting_places_.erase(entry.name);
 }
 
 std::vector<std::pair<std::string, at::Tensor>> ResidualStore::export_residuals() const {
@@ -153,29 +202,48 @@ std::vector<std::pair<std::string, at::Tensor>> ResidualStore::export_residuals(
   return residuals;
 }
 
-void ResidualStore::import_residuals(const std::vector<std::pair<std::string, at::Tensor>>& residuals) {
+void ResidualStore::import_residuals(const std::vector<std::pair<std::string, at::Tensor>>& residuals, const std::optional<Shard>& shard,
+                                     const std::vector<ShardPlace>& places) {
+  TORCH_CHECK_VALUE(!shard.has_value() || !shard_.has_value() || residuals.empty() || shard == shard_,
+                    "TopKEFState.load_state_dict: the state holds shard ", shard->index, " of ", shard->count,
+                    " of the residuals, but this rank keeps shard ", shard_->index, " of ", shard_->count,
+                    "; go on with as many ranks on each node as before (ranks_per_node), or start without residuals");
+  const std::optional<Shard> shard_before = shard_;
+  const std::map<std::string, ShardPlace> places_before = std::exchange(waiting_places_, {});
+  if (shard.has_value()) shard_ = shard;
+  for (const ShardPlace& place : places) waiting_places_.emplace(place.name, place);
+  try {
+    check_residuals(residuals);
+  } catch (...) { // nothing has changed
+    shard_ = shard_before;
+    waiting_places_ = places_before;
+    throw;
+  }
+  const std::map<std::string, ShardPlace> places_now = waiting_places_;
+  reset();
+  waiting_places_ = places_now;
+  for (const auto& [name, residual] : residuals)
+    waiting_.insert_or_assign(name, residual.detach().to(at::kCPU).clone(at::MemoryFormat::Contiguous));
+  for (auto& [name, entry] : by_name_) take_waiting(*entry);
+}
+
+void ResidualStore::check_residuals(const std::vector<std::pair<std::string, at::Tensor>>& residuals) const {
   for (const auto& [name, residual] : residuals) {
     TORCH_CHECK_VALUE(residual.scalar_type() == at::kFloat, "TopKEFState.load_state_dict: expected the residual of '", name,
                       "' as float32, got ", residual.scalar_type());
     TORCH_CHECK_VALUE(residual.isfinite().all().item<bool>(), "TopKEFState.load_state_dict: the residual of '", name,
                       "' holds Inf or NaN, which would stay for ever; the file is damaged, start without residuals");
     const auto found = by_name_.find(name);
-    TORCH_CHECK_VALUE(found == by_name_.end() || residual.sizes() == c10::IntArrayRef(found->second->sizes),
-                      "TopKEFState.load_state_dict: the residual of '", name, "' has shape ", shape_text(residual.sizes()),
-                      " but the parameter has shape ",
-                      shape_text(found == by_name_.end() ? c10::IntArrayRef() : c10::IntArrayRef(found->second->sizes)),
-                      "; load a state of the same model");
+    if (found != by_name_.end()) check_loaded(*found->second, residual);
   }
-  reset();
-  for (const auto& [name, residual] : residuals)
-    waiting_.insert_or_assign(name, residual.detach().to(at::kCPU).clone(at::MemoryFormat::Contiguous));
-  for (auto& [name, entry] : by_name_) take_waiting(*entry);
 }
 
 void ResidualStore::reset() {
   waiting_.clear();
+  waiting_places_.clear();
   const auto clear = [](Entry& entry) {
     entry.residual.reset();
+    entry.residual_begin = 0;
     entry.last_step = -1;
     entry.was_compressed = false;
   };

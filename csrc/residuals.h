@@ -13,6 +13,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "shard.h"
+
 namespace compressed_ddp {
 
 // One parameter, or one name given to all_reduce_.
@@ -25,12 +27,14 @@ struct Entry {
   std::vector<int64_t> segment_numels; // what is selected from separately: one for a parameter
   bool exempt = false;                 // by the user's rule
   bool is_vector = false;              // the 1-D rule
-  at::Tensor residual;                 // fp32 [numel]; undefined until the first compressed step
+  at::Tensor residual;                 // fp32 [numel of this rank's shard]; undefined until the first compressed step
+  bool is_shard = false;               // the residual is of a shard: entries from residual_begin on
+  int64_t residual_begin = 0;
   int64_t ordinal = 0;                 // in the order in which the store met them
   int64_t last_step = -1;              // the last step in which it came
   bool was_compressed = false;         // some step has selected from it
 
-  at::Tensor shaped_residual() const; // a view in the parameter's shape
+  at::Tensor shaped_residual() const; // a view: in the parameter's shape; of a shard flat
 };
 using EntryPtr = std::shared_ptr<Entry>;
 
@@ -38,6 +42,13 @@ struct NamedParameter {
   std::string name;
   at::Tensor parameter;
   bool exempt;
+};
+
+// Where the shard of a residual lies in its parameter (exchange="hierarchical").
+struct ShardPlace {
+  std::string name;
+  int64_t begin, end; // in memory order, which the strides tell
+  std::vector<int64_t> sizes, strides;
 };
 
 class ResidualStore {
@@ -58,9 +69,16 @@ class ResidualStore {
 
   // By name, copies, in the parameter's shape; waiting loaded ones included. ValueError when some residual has no name.
   std::vector<std::pair<std::string, at::Tensor>> export_residuals() const;
-  // Replaces everything; each waits until its name comes. Shapes are checked then, or now where the name is known.
-  void import_residuals(const std::vector<std::pair<std::string, at::Tensor>>& residuals);
+  // Replaces everything; each waits until its name comes. Shapes are checked then, or now where the name is known. shard, places: of
+  // shards, what was true when they were exported.
+  void import_residuals(const std::vector<std::pair<std::string, at::Tensor>>& residuals, const std::optional<Shard>& shard,
+                        const std::vector<ShardPlace>& places);
   bool has_waiting() const { return !waiting_.empty(); }
+
+  // Which part of every parameter this rank keeps the residual of. ValueError when residuals of another part are there.
+  void set_shard(const Shard& shard);
+  const std::optional<Shard>& shard() const { return shard_; }
+  std::vector<ShardPlace> shard_places() const; // of what export_residuals shows
 
   // Forgets values and the names given to all_reduce_, keeps the names of parameters. Buckets made before must not be used again.
   void reset();
@@ -68,6 +86,9 @@ class ResidualStore {
 
  private:
   void take_waiting(Entry& entry);
+  void check_residuals(const std::vector<std::pair<std::string, at::Tensor>>& residuals) const;
+  void check_loaded(const Entry& entry, const at::Tensor& residual) const;
+  ShardPlace place_of(const Entry& entry) const;
 
   EntryPtr make_entry(const at::Tensor& parameter);
 
@@ -75,6 +96,8 @@ class ResidualStore {
   std::unordered_map<const c10::TensorImpl*, EntryPtr> by_parameter_;
   std::map<std::string, EntryPtr> by_name_; // ordered, so that state_dict() has a fixed order
   std::map<std::string, at::Tensor> waiting_;
+  std::optional<Shard> shard_;                     // none: whole parameters
+  std::map<std::string, ShardPlace> waiting_places_; // of waiting shards
   bool bound_ = false;
 };
 

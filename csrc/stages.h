@@ -25,6 +25,13 @@ struct Sender { // what a header says of who wrote it
   int64_t rank, world_size, step;
 };
 
+// The entries (parameters) whose part of the gradient nobody uses: zeros travel, and the residual stays as it is.
+struct Unused {
+  std::vector<uint8_t> of_entries; // may be shorter: entries behind it are used
+  // Or known where the stages run: fp32 per entry, 0 = unused; what of_entries says counts for nothing then.
+  const float* presence = nullptr;
+};
+
 struct Received { // payloads of one layout, one after another
   const uint8_t* payloads;
   int64_t count;
@@ -44,10 +51,12 @@ class Stages {
   int64_t payload_bytes() const { return payload_bytes_; }
   bool has_residuals() const { return !range_.residuals.empty(); }
 
-  // Stages 1 and 2. gradient: [numel] of `type`, this range of it. unused: per segment. payload: [payload_bytes], complete afterwards;
-  // its entries are missing from the residual until restore or forget_sent.
-  virtual StageSums compensate_select_and_encode(const void* gradient, GradientType type, const std::vector<uint8_t>& unused, Sender sender,
+  // Stages 1 and 2. gradient: [numel] of `type`, this range of it. payload: [payload_bytes], complete afterwards; its entries are missing
+  // from the residual until restore or forget_sent.
+  virtual StageSums compensate_select_and_encode(const void* gradient, GradientType type, const Unused& unused, Sender sender,
                                                  uint8_t* payload) = 0;
+  // Whether the next step with this `unused` is enqueued without a wait.
+  virtual bool knows_unused(const std::vector<uint8_t>&) const { return true; }
   // Stage 4 in two halves. check throws, and nothing has been written, when a payload is not what it should be (on a device: never,
   // decode_apply writes NaN and reports). decode_apply writes `bucket` [numel] of `type`; returns whether it is non-finite somewhere (on a
   // device: false, the report knows).

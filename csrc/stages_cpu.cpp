@@ -19,8 +19,11 @@ StagesCpu::StagesCpu(BucketRange range, bool may_drop, SelectScratch* scratch) :
   if (may_drop) returned_.resize(static_cast<size_t>(layout().selected_numel + 31) / 32);
 }
 
-StageSums StagesCpu::compensate_select_and_encode(const void* gradient, GradientType type, const std::vector<uint8_t>& unused,
-                                                  Sender sender, uint8_t* payload) {
+StageSums StagesCpu::compensate_select_and_encode(const void* gradient, GradientType type, const Unused& unused, Sender sender,
+                                                  uint8_t* payload) {
+  std::vector<uint8_t> of_segments = range_.unused_segments(unused.of_entries);
+  if (unused.presence != nullptr)
+    for (size_t s = 0; s < of_segments.size(); ++s) of_segments[s] = unused.presence[range_.entries[s]] == 0;
   const auto selected_numel = static_cast<size_t>(layout().selected_numel);
   Entries& entries = scratch_->selected;
   if (entries.indices.size() < selected_numel) {
@@ -30,8 +33,8 @@ StageSums StagesCpu::compensate_select_and_encode(const void* gradient, Gradient
   std::fill(returned_.begin(), returned_.end(), 0u);
   float* const* residuals = has_residuals() ? range_.residuals.data() : nullptr;
   const CompensateSelectStatistics selected = compensate_select(
-      compensate_select_, {gradient, type, residuals, unused.data(), entries.indices.data(), entries.values.data()}, torch_parallel_for);
-  const EncodeStatistics dense = encode_dense(layout(), gradient, type, unused.data(), payload);
+      compensate_select_, {gradient, type, residuals, of_segments.data(), entries.indices.data(), entries.values.data()}, torch_parallel_for);
+  const EncodeStatistics dense = encode_dense(layout(), gradient, type, of_segments.data(), payload);
   const bool non_finite = selected.non_finite + dense.non_finite > 0;
   float* const* not_yet_kept = layout().value_format == ValueFormat::kBFloat16 ? nullptr : residuals;
   const double lost_sq =

@@ -17,7 +17,7 @@ class StagesCpu final : public Stages {
   // scratch: nullptr = one of its own, for selections on threads of the process group.
   StagesCpu(BucketRange range, bool may_drop, SelectScratch* scratch);
 
-  StageSums compensate_select_and_encode(const void* gradient, GradientType type, const std::vector<uint8_t>& unused, Sender sender,
+  StageSums compensate_select_and_encode(const void* gradient, GradientType type, const Unused& unused, Sender sender,
                                          uint8_t* payload) override;
   void check(const Received& received) override;
   bool decode_apply(const Received& received, void* bucket, GradientType type) override;

@@ -6,6 +6,7 @@
 #include "cuda/launch.h"
 #include "cuda/restore.h"
 #include "cuda/return_dropped.h"
+#include "cuda/shards.h"
 
 namespace compressed_ddp {
 namespace {
@@ -26,10 +27,13 @@ StagesDevice::StagesDevice(BucketRange range, bool may_drop, std::vector<Gradien
     : Stages(std::move(range)), stream_(stream), report_(std::move(report)), plan_(layout()) {
   const auto segments = static_cast<int64_t>(layout().segments.size());
   const int64_t pointers_at = plan_.table_bytes();
-  const int64_t unused_at = pointers_at + aligned(segments * static_cast<int64_t>(sizeof(float*)));
+  const int64_t entries_at = pointers_at + aligned(segments * static_cast<int64_t>(sizeof(float*)));
+  const int64_t unused_at = entries_at + aligned(segments * static_cast<int64_t>(sizeof(int32_t)));
   std::vector<uint8_t> tables(static_cast<size_t>(unused_at + segments));
   plan_.write_tables(tables.data());
   if (has_residuals()) std::memcpy(tables.data() + pointers_at, range_.residuals.data(), range_.residuals.size() * sizeof(float*));
+  const std::vector<int32_t> entries(range_.entries.begin(), range_.entries.end());
+  std::memcpy(tables.data() + entries_at, entries.data(), entries.size() * sizeof(int32_t));
   tables_ = bytes_on(device, std::max<int64_t>(1, static_cast<int64_t>(tables.size())));
   upload(tables_.data_ptr<uint8_t>(), tables.data(), tables.size(), stream_);
   // Now, so that no launch can be refused between two kernels of one selection.
@@ -47,6 +51,7 @@ StagesDevice::StagesDevice(BucketRange range, bool may_drop, std::vector<Gradien
   cuda::clear_workspace(plan_, workspace, stream_);
   device_plan_ = cuda::device_plan(plan_, tables_.data_ptr<uint8_t>(), workspace);
   if (has_residuals()) residuals_ = reinterpret_cast<float* const*>(tables_.data_ptr<uint8_t>() + pointers_at);
+  entries_ = reinterpret_cast<const int32_t*>(tables_.data_ptr<uint8_t>() + entries_at);
   unused_ = tables_.data_ptr<uint8_t>() + unused_at;
   uploaded_unused_.assign(static_cast<size_t>(segments), 0);
   statistics_ = reinterpret_cast<cuda::SelectStatistics*>(workspace + statistics_at);
@@ -56,16 +61,19 @@ StagesDevice::StagesDevice(BucketRange range, bool may_drop, std::vector<Gradien
   cuda::check(cudaStreamSynchronize(stream_), "preparing a bucket"); // `tables` is pageable memory of this call
 }
 
-void StagesDevice::upload_unused(const std::vector<uint8_t>& unused) {
-  if (unused == uploaded_unused_) return; // nearly always
-  upload(unused_, unused.data(), unused.size(), stream_);
+void StagesDevice::upload_unused(const std::vector<uint8_t>& of_segments) {
+  if (of_segments == uploaded_unused_) return; // nearly always
+  upload(unused_, of_segments.data(), of_segments.size(), stream_);
   cuda::check(cudaStreamSynchronize(stream_), "uploading which parameters are unused");
-  uploaded_unused_ = unused;
+  uploaded_unused_ = of_segments;
 }
 
-StageSums StagesDevice::compensate_select_and_encode(const void* gradient, GradientType type, const std::vector<uint8_t>& unused,
-                                                     Sender sender, uint8_t* payload) {
-  upload_unused(unused);
+StageSums StagesDevice::compensate_select_and_encode(const void* gradient, GradientType type, const Unused& unused, Sender sender,
+                                                     uint8_t* payload) {
+  if (unused.presence == nullptr)
+    upload_unused(range_.unused_segments(unused.of_entries));
+  else
+    cuda::mark_unused(unused.presence, entries_, static_cast<int64_t>(range_.entries.size()), unused_, stream_);
   const PayloadHeader header =
       make_header(layout(), static_cast<uint32_t>(sender.rank), static_cast<uint32_t>(sender.world_size), sender.step, false);
   if (returned_ != nullptr)

@@ -19,7 +19,7 @@ class StagesDevice final : public Stages {
                std::shared_ptr<DeviceReport> report);
 
   // Waits when `unused` is not what it was before.
-  StageSums compensate_select_and_encode(const void* gradient, GradientType type, const std::vector<uint8_t>& unused, Sender sender,
+  StageSums compensate_select_and_encode(const void* gradient, GradientType type, const Unused& unused, Sender sender,
                                          uint8_t* payload) override;
   void check(const Received&) override {}
   bool decode_apply(const Received& received, void* bucket, GradientType type) override;
@@ -30,11 +30,11 @@ class StagesDevice final : public Stages {
   void restore(const uint8_t* payload, const uint32_t* condition) override;
   void forget_sent() override;
 
-  bool knows_unused(const std::vector<uint8_t>& unused) const { return unused == uploaded_unused_; }
+  bool knows_unused(const std::vector<uint8_t>& unused) const override { return range_.unused_segments(unused) == uploaded_unused_; }
   void copy_statistics(cuda::SelectStatistics* to) const; // of the last step, to pinned memory
 
  private:
-  void upload_unused(const std::vector<uint8_t>& unused);
+  void upload_unused(const std::vector<uint8_t>& of_segments);
 
   cudaStream_t stream_;
   std::shared_ptr<DeviceReport> report_;
@@ -43,6 +43,7 @@ class StagesDevice final : public Stages {
   at::Tensor workspace_;              // of the plan, then the statistics, `sent`, and the bits of return_dropped
   cuda::DevicePlan device_plan_;      // pointers into both
   float* const* residuals_ = nullptr; // on the device
+  const int32_t* entries_ = nullptr;  // on the device: of each segment
   uint8_t* unused_ = nullptr;         // on the device
   std::vector<uint8_t> uploaded_unused_;
   cuda::SelectStatistics* statistics_ = nullptr; // on the device

@@ -29,11 +29,13 @@ include(CheckCXXCompilerFlag)
 check_cxx_compiler_flag(-fopenmp COMPRESSED_DDP_HAS_OPENMP_FLAG)
 
 # What engine_device.cpp and its parts need is added by the caller: a module may have another device_cuda.
-set(module_sources bucket.cpp collectives.cpp engine.cpp engine_exchange.cpp engine_state.cpp exchange_allgather.cpp exchange_split.cpp
-    module.cpp ops.cpp residuals.cpp stages_cpu.cpp)
+set(module_sources
+    bucket.cpp collectives.cpp engine.cpp engine_exchange.cpp engine_state.cpp exchange_allgather.cpp exchange_hierarchical.cpp
+    exchange_split.cpp module.cpp ops.cpp residuals.cpp shard_stages.cpp stages_cpu.cpp)
 list(TRANSFORM module_sources PREPEND ${PROJECT_SOURCE_DIR}/csrc/)
 set(COMPRESSED_DDP_DEVICE_SOURCES ${PROJECT_SOURCE_DIR}/csrc/device_report.cpp ${PROJECT_SOURCE_DIR}/csrc/device_stream.cpp
-    ${PROJECT_SOURCE_DIR}/csrc/engine_device.cpp ${PROJECT_SOURCE_DIR}/csrc/stages_device.cpp)
+    ${PROJECT_SOURCE_DIR}/csrc/engine_device.cpp ${PROJECT_SOURCE_DIR}/csrc/shard_stages_device.cpp
+    ${PROJECT_SOURCE_DIR}/csrc/stages_device.cpp)
 
 function(compressed_ddp_torch_module target)
   Python_add_library(${target} MODULE WITH_SOABI ${module_sources})

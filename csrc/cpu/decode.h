@@ -58,9 +58,11 @@ Refusal check_entries(const Layout& layout, const uint8_t* payloads, int64_t num
   return {0, {}};
 }
 
-struct Senders { // of payloads that lie one after another: ranks first_rank, first_rank + 1, ..
+struct Senders { // of payloads that lie one after another
   int64_t first_rank;
-  int64_t world_size; // of their group, as their headers have it
+  int64_t world_size;      // as their headers have it
+  int64_t rank_stride = 1; // from one to the next
+  int64_t rank_of(int64_t payload) const { return first_rank + payload * rank_stride; }
 };
 
 // `count` payloads [count, payload_bytes(layout)], aligned to 8. Empty, or one line that names the first rank whose payload is not what
@@ -70,11 +72,11 @@ std::string check_payloads(const Layout& layout, const uint8_t* payloads, int64_
                            ParallelFor&& parallel_for) {
   Refusal refusal{0, {}};
   for (int64_t p = 0; p < count && refusal.why.empty(); ++p)
-    refusal = {p, check_header(layout, payloads + p * payload_bytes(layout), static_cast<uint32_t>(senders.first_rank + p),
+    refusal = {p, check_header(layout, payloads + p * payload_bytes(layout), static_cast<uint32_t>(senders.rank_of(p)),
                                static_cast<uint32_t>(senders.world_size), step)};
   if (refusal.why.empty()) refusal = check_entries(layout, payloads, count, parallel_for);
   if (refusal.why.empty()) return {};
-  return "the payload of rank " + std::to_string(senders.first_rank + refusal.payload) + " is not what this rank expects (" + refusal.why +
+  return "the payload of rank " + std::to_string(senders.rank_of(refusal.payload)) + " is not what this rank expects (" + refusal.why +
          ")";
 }
 

@@ -18,14 +18,14 @@
 namespace compressed_ddp {
 
 // Entries that lie together in the bucket and in a buffer of shards; positions in entries of the gradient's type.
-struct Piece {
+struct ShardPiece {
   int64_t bucket_begin;
   int64_t shards_begin;
   int64_t numel;
 };
 
 struct PackArguments {
-  std::span<const Piece> pieces;          // shards_begin: in `shards`
+  std::span<const ShardPiece> pieces;          // shards_begin: in `shards`
   std::span<const int64_t> presence_from; // per shard: where in `shards` its presence begins
   std::span<const uint8_t> unused;        // per parameter: 1 = not used by this rank in this step
   const void* bucket;                     // [numel] of `type`
@@ -39,7 +39,7 @@ void pack_shards(const PackArguments& arguments);
 void mean_of_shards(const void* shards, GradientType type, int64_t count, int64_t numel, float* mean);
 
 struct UnpackArguments {
-  std::span<const Piece> pieces; // shards_begin: in `slots`, headers counted
+  std::span<const ShardPiece> pieces; // shards_begin: in `slots`, headers counted
   const uint8_t* slots;          // [count, slot_bytes]
   int64_t slot_bytes;            // a multiple of kPayloadAlignment
   int64_t count;

@@ -30,9 +30,9 @@ __device__ __forceinline__ const PayloadHeader& header_of(const DecodeArguments&
   return *reinterpret_cast<const PayloadHeader*>(a.gathered + rank * a.expected.payload_bytes);
 }
 
-__device__ inline bool header_is_right(const PayloadHeader& got, const PayloadHeader& expected, int payload) {
+__device__ inline bool header_is_right(const PayloadHeader& got, const PayloadHeader& expected, uint32_t ranks_behind) {
   return got.magic == expected.magic && got.version == expected.version && (got.flags & ~kFlagNonFinite) == 0 &&
-         got.value_format == expected.value_format && got.rank == expected.rank + static_cast<uint32_t>(payload) &&
+         got.value_format == expected.value_format && got.rank == expected.rank + ranks_behind &&
          got.world_size == expected.world_size && got.layout_hash == expected.layout_hash && got.step == expected.step &&
          got.numel == expected.numel && got.selected_numel == expected.selected_numel && got.dense_numel == expected.dense_numel &&
          got.payload_bytes == expected.payload_bytes;
@@ -40,7 +40,7 @@ __device__ inline bool header_is_right(const PayloadHeader& got, const PayloadHe
 
 // Lowest rank wins, whatever the order of blocks; 0 means none.
 __device__ __forceinline__ void report(const DecodeArguments& a, int payload) {
-  const uint32_t mine = a.expected.rank + static_cast<uint32_t>(payload) + 1;
+  const uint32_t mine = a.expected.rank + static_cast<uint32_t>(payload) * a.rank_stride + 1;
   const uint32_t seen = atomicCAS(&a.status->bad_rank, 0u, mine);
   if (seen > mine) atomicMin(&a.status->bad_rank, mine);
   atomicOr(&a.status->step_is_bad, 1u);
@@ -54,7 +54,7 @@ __device__ void check_payload(const DevicePlan& plan, const DecodeArguments& a, 
   const PayloadView payload = payload_of(plan, a, rank);
   bool right = true;
   if (block < a.count && threadIdx.x == 0) {
-    right = header_is_right(header_of(a, rank), a.expected, rank);
+    right = header_is_right(header_of(a, rank), a.expected, static_cast<uint32_t>(rank) * a.rank_stride);
     if ((header_of(a, rank).flags & kFlagNonFinite) != 0) atomicOr(&a.status->step_is_bad, 1u);
   }
   if (g < plan.num_groups) {

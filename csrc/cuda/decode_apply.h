@@ -28,8 +28,9 @@ struct DecodeArguments {   // all pointers in device memory
   int32_t count;           // of payloads; the sum is multiplied by fp32(1 / count)
   void* bucket;            // [numel], written
   GradientType type;
-  PayloadHeader expected; // make_header of the first payload's rank; the others are of the ranks behind it. Flags are not compared
+  PayloadHeader expected; // make_header of the first payload's rank. Flags are not compared
   DecodeStatus* status;
+  uint32_t rank_stride = 1; // from the rank of one payload to that of the next
 };
 
 // Loads the kernels, which CUDA does at their first launch otherwise; a device that cannot run them is an exception here.

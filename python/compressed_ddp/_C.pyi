@@ -3,6 +3,8 @@ from collections.abc import Callable
 import torch
 from torch._C._distributed_c10d import GradBucket, ProcessGroup, Reducer
 
+from .groups import ExchangeGroups
+
 torch_version: str
 wire_version: int
 payload_header_bytes: int
@@ -26,7 +28,8 @@ class Engine:
         scope: str,
         value_format: str,
         exchange: str,
-        make_second_group: Callable[[ProcessGroup], ProcessGroup],
+        ranks_per_node: int,
+        groups: ExchangeGroups,
         error_feedback: bool,
         dense_steps: int,
         min_compress_numel: int,
@@ -52,7 +55,15 @@ class Engine:
     def rollback(self) -> None: ...
     def reset(self) -> None: ...
     def export_residuals(self) -> list[tuple[str, torch.Tensor]]: ...
-    def load(self, step: int, residuals: list[tuple[str, torch.Tensor]]) -> None: ...
+    def load(
+        self,
+        step: int,
+        residuals: list[tuple[str, torch.Tensor]],
+        shard: tuple[int, int] | None,
+        places: list[tuple[str, int, int, list[int], list[int]]],
+    ) -> None: ...
+    def shard(self) -> tuple[int, int] | None: ...
+    def shard_places(self) -> list[tuple[str, int, int, list[int], list[int]]]: ...
     def metrics(self) -> dict[str, float]: ...
     def has_compressed(self) -> bool: ...
     def is_compressed(self, parameter: torch.Tensor) -> bool: ...

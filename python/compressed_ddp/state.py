@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import numbers
 import re
 import warnings
@@ -17,19 +16,29 @@ from torch import nn
 from . import _native
 from .adam import warn_about_momentum_once
 from .arguments import number_of
+from .groups import ExchangeGroups
 from .names import trained_parameters, unwrapped
 
 Exempt = str | Iterable[str] | Callable[[str, torch.Tensor], bool]
 
 _STATE_DICT_VERSION = 1
 _SCOPES = ("tensor", "bucket", "chunk")
-_EXCHANGES = ("allgather", "split", "dense")
+_EXCHANGES = (
+    "allgather",
+    "split",
+    "hierarchical",
+    "dense",
+    "dense_fp32",
+    "dense_bf16",
+    "dense_fp16",
+)
 _FIXED_OPTIONS = frozenset(
     (
         "density",
         "scope",
         "value_format",
         "exchange",
+        "ranks_per_node",
         "error_feedback",
         "dense_steps",
         "min_compress_numel",
@@ -56,8 +65,12 @@ class TopKEFState:
             weights) as the mean, which the residual takes back later.
         exchange: how payloads travel. "allgather": every rank's to every rank; volume grows with the world size. "split": to the
             owners of ranges of the bucket, who average and select once more, and their result to every rank; about two payloads in
-            all at any world size, and updates of k entries rather than of up to world_size * k. "dense": not compressed, a plain
-            average. None: "allgather" up to 16 ranks, "split" above.
+            all at any world size, and updates of k entries rather than of up to world_size * k. "hierarchical": whole gradients
+            inside a node, payloads of their mean between nodes (by "allgather" up to 16 nodes, "split" above); each rank keeps the
+            residual of its share of every parameter. "dense": not compressed, a plain average in the gradient's dtype; or in the
+            one of "dense_fp32", "dense_bf16", "dense_fp16". None: "allgather" up to 16 ranks, "split" above.
+        ranks_per_node: of "hierarchical": how many consecutive ranks make a node. None: those on one machine, found out in the first
+            compressed step.
         error_feedback: keep what is not sent and add it to the next gradient. False loses it: for comparisons.
         dense_steps: the first synchronised steps are averaged densely (default 2: in its first step DDP has the whole model
             in one bucket and rebuilds the buckets afterwards). 0 is correct, too.
@@ -81,6 +94,7 @@ class TopKEFState:
         scope: str = "tensor",
         value_format: str = "bf16",
         exchange: str | None = None,
+        ranks_per_node: int | None = None,
         error_feedback: bool = True,
         dense_steps: int = 2,
         min_compress_numel: int = 1024,
@@ -94,6 +108,8 @@ class TopKEFState:
             raise ValueError(
                 f"TopKEFState: exchange must be None or one of {_EXCHANGES}, got {exchange!r}"
             )
+        if ranks_per_node is not None:
+            ranks_per_node = _checked_ranks_per_node(ranks_per_node, exchange)
         if not isinstance(error_feedback, bool):
             raise TypeError(
                 f"TopKEFState: error_feedback must be True or False, got {error_feedback!r}"
@@ -108,6 +124,8 @@ class TopKEFState:
         self._scope = scope
         self._value_format = value_format
         self._exchange = exchange
+        self._ranks_per_node = ranks_per_node
+        self._groups = ExchangeGroups()
         self._error_feedback = error_feedback
         self._dense_steps = _checked_integer("dense_steps", dense_steps)
         self._min_compress_numel = _checked_integer("min_compress_numel", min_compress_numel)
@@ -123,7 +141,8 @@ class TopKEFState:
             scope=scope,
             value_format=value_format,
             exchange=exchange or "",
-            make_second_group=_SecondGroup(),
+            ranks_per_node=ranks_per_node or 0,
+            groups=self._groups,
             error_feedback=error_feedback,
             dense_steps=self.dense_steps,
             min_compress_numel=self.min_compress_numel,
@@ -137,7 +156,7 @@ class TopKEFState:
     def __repr__(self) -> str:
         return (
             f"TopKEFState(density={self.density}, scope={self.scope!r}, value_format={self.value_format!r}, "
-            f"exchange={self.exchange!r}, error_feedback={self.error_feedback}, dense_steps={self.dense_steps}, "
+            f"exchange={self.exchange!r}, ranks_per_node={self.ranks_per_node}, error_feedback={self.error_feedback}, dense_steps={self.dense_steps}, "
             f"min_compress_numel={self.min_compress_numel}, step={self.step})"
         )
 
@@ -175,6 +194,11 @@ class TopKEFState:
     def exchange(self) -> str | None:
         """As given to the constructor."""
         return self._exchange
+
+    @property
+    def ranks_per_node(self) -> int | None:
+        """As given to the constructor."""
+        return self._ranks_per_node
 
     @property
     def error_feedback(self) -> bool:
@@ -296,6 +320,7 @@ class TopKEFState:
                 "largest entries; leave the hook out when training on one process",
                 stacklevel=4,
             )
+        self._groups.clear()  # of the process group before
         self._engine.set_process_group(process_group)
         self._used_rank = (process_group.rank(), world_size)
 
@@ -324,6 +349,7 @@ class TopKEFState:
 
         `compressed_ddp/` + `bytes_sent` (put on the network by this rank; of it `bytes_sent_all_gather`, `bytes_sent_all_to_all` and
         `bytes_sent_all_reduce` in the collectives of gradients, `bytes_sent_agreement` in comparisons of the ranks),
+        `bytes_sent_in_node` (not counted there: with exchange="hierarchical", to the ranks of the same node),
         `dense_bytes` (what a ring all-reduce in the gradient's dtype would have put there), `compression_ratio` (gradient bytes /
         payload bytes), `wire_ratio` (dense_bytes / bytes_sent; nan when nothing was sent), `gradient_norm`, `residual_norm`,
         `captured_energy` (share of the squared norm of gradient + residual that left the residual), `step` (number of steps
@@ -353,13 +379,14 @@ class TopKEFState:
     def state_dict(self) -> dict[str, Any]:
         """Residuals by parameter name and the options that matter: plain tensors and numbers, which `torch.load(weights_only=True)` reads.
 
-        Every rank has its own residuals: save it on every rank. Waits for exchanges in flight.
+        Every rank has its own residuals: save it on every rank. Waits for exchanges in flight. With exchange="hierarchical" a residual
+        is this rank's shard, flat, and "shard" tells of it: its index, of how many, and where it lies in every parameter.
 
         Raises:
             ValueError: the parameters have no names yet.
         """
         rank, world_size = self._rank_and_world_size()
-        return {
+        state_dict = {
             "version": _STATE_DICT_VERSION,
             "rank": rank,
             "world_size": world_size,
@@ -367,6 +394,16 @@ class TopKEFState:
             **self._options(),
             "residuals": dict(self._engine.export_residuals()),
         }
+        shard = self._engine.shard()
+        if shard is not None:
+            index, count = shard
+            places = {
+                name: {"begin": begin, "end": end, "shape": sizes, "strides": strides}
+                for name, begin, end, sizes, strides in self._engine.shard_places()
+            }
+            node = [rank - index + other for other in range(count)]
+            state_dict["shard"] = {"index": index, "count": count, "ranks": node, "places": places}
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes residuals and step from `state_dict()` of the same rank and world size. Call it on every rank.
@@ -405,6 +442,7 @@ class TopKEFState:
         step = int(state_dict["step"])
         if step < 0:
             raise ValueError(f"TopKEFState.load_state_dict: step must be >= 0, got {step}")
+        shard, places = _checked_shard(state_dict, self.exchange)
         differing = [
             f"{option} (saved {state_dict[option]!r}, now {value!r})"
             for option, value in self._options().items()
@@ -416,7 +454,7 @@ class TopKEFState:
                 + ", ".join(differing),
                 stacklevel=2,
             )
-        self._engine.load(step, list(state_dict["residuals"].items()))
+        self._engine.load(step, list(state_dict["residuals"].items()), shard, places)
         self._loaded_rank = loaded_rank
         self._loaded_names = list(state_dict["residuals"])
         self._warn_about_unmatched_names(stacklevel=3)
@@ -428,6 +466,7 @@ class TopKEFState:
             "scope": self.scope,
             "value_format": self.value_format,
             "exchange": self.exchange or "default",
+            "ranks_per_node": self.ranks_per_node or 0,
             "error_feedback": self.error_feedback,
             "dense_steps": self.dense_steps,
             "min_compress_numel": self.min_compress_numel,
@@ -462,6 +501,49 @@ def _checked_integer(option: str, value: Any) -> int:
     if value < 0:
         raise ValueError(f"TopKEFState: {option} must be >= 0, got {value}")
     return int(value)
+
+
+def _checked_ranks_per_node(ranks_per_node: Any, exchange: str | None) -> int:
+    count = _checked_integer("ranks_per_node", ranks_per_node)
+    if count == 0:
+        raise ValueError("TopKEFState: ranks_per_node must be >= 1, or None to find it out, got 0")
+    if exchange != "hierarchical":
+        raise ValueError(
+            f"TopKEFState: ranks_per_node belongs to exchange='hierarchical', but exchange is {exchange!r}; leave it out"
+        )
+    return count
+
+
+Place = tuple[str, int, int, list[int], list[int]]
+
+
+def _checked_shard(
+    state_dict: dict[str, Any], exchange: str | None
+) -> tuple[tuple[int, int] | None, list[Place]]:
+    """What `state_dict()` says of shards: this one and of how many, and where it lies in each parameter."""
+    who, remedy = "TopKEFState.load_state_dict", "load what TopKEFState.state_dict() returned"
+    shard = state_dict.get("shard")
+    if shard is None:
+        return None, []
+    if exchange != "hierarchical":
+        raise ValueError(
+            f"{who}: the state was saved with exchange='hierarchical' and holds shards of the residuals, but this state keeps them whole "
+            f"(exchange={exchange!r}); use the same exchange, or start without residuals"
+        )
+    try:
+        index, count = int(shard["index"]), int(shard["count"])
+        places = [
+            (str(name), int(p["begin"]), int(p["end"]), [int(n) for n in p["shape"]], [int(n) for n in p["strides"]])
+            for name, p in shard["places"].items()
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TypeError(f"{who}: shard is not as it was saved ({error!r}); {remedy}") from None
+    if not 0 <= index < count:
+        raise ValueError(f"{who}: shard {index} of {count} cannot be; {remedy}")
+    without = state_dict["residuals"].keys() - {name for name, *_ in places}
+    if without:
+        raise ValueError(f"{who}: shard says nothing of {_some_names(sorted(without))}; {remedy}")
+    return (index, count), places
 
 
 def _check_state_dict_types(state_dict: dict[str, Any]) -> None:
@@ -519,43 +601,3 @@ def _check_same_rank(loaded: tuple[int, int], here: tuple[int, int]) -> None:
         f"{here[1]}; residuals belong to a rank: load each rank's own file with the same world size, or start without residuals "
         f"(a model that averages over a part of the ranks: register it before loading, or pass TopKEFState(process_group=...))"
     )
-
-
-class _SecondGroup:
-    """Makes a second group of the same ranks when the engine asks, and owns it: DDP keeps its own group alive as well.
-
-    Called from the hook, on all ranks in the same order.
-    """
-
-    def __init__(self) -> None:
-        self._groups: list[dist.ProcessGroup] = []
-        weakref.finalize(self, _destroy, self._groups).atexit = False
-
-    def __call__(self, process_group: dist.ProcessGroup) -> dist.ProcessGroup:
-        _destroy(self._groups)
-        try:
-            ranks = dist.get_process_group_ranks(process_group)
-        except KeyError:
-            raise RuntimeError(
-                "torch.distributed does not know the process group any more (destroy_process_group was called?); create a new "
-                "TopKEFState, and a new process group"
-            ) from None
-        backend = process_group._get_backend(torch.device("cpu"))
-        group = dist.new_group(
-            ranks,
-            backend=backend.name(),
-            timeout=backend.options._timeout,
-            use_local_synchronization=True,
-            group_desc="compressed_ddp",
-        )
-        assert isinstance(group, dist.ProcessGroup)
-        self._groups.append(group)
-        return group
-
-
-def _destroy(groups: list[dist.ProcessGroup]) -> None:
-    """Its threads and connections end here; it must not be in use."""
-    while groups:
-        group = groups.pop()
-        with contextlib.suppress(Exception):  # destroy_process_group() has been there before
-            dist.destroy_process_group(group)

@@ -102,19 +102,22 @@ def changed_groups(
     It replaces the class by which states make their second group, once.
     """
     group = ChangedGroup(inner or dist.group.WORLD, first)
-    make_class = state_module._SecondGroup
+    groups_class = state_module.ExchangeGroups
     kept = []  # an engine only borrows its groups
     weakref.finalize(group, kept.clear)
 
-    def replacement() -> Callable[[dist.ProcessGroup], dist.ProcessGroup]:
-        state_module._SecondGroup = make_class
-        make = make_class()
+    class Changed(groups_class):
+        def __init__(self) -> None:
+            super().__init__()
+            state_module.ExchangeGroups = groups_class
 
-        def second_group(asked: dist.ProcessGroup) -> dist.ProcessGroup:
-            kept.append(ChangedGroup(make(inner or dist.group.WORLD), second))
+        def make(
+            self, asked: dist.ProcessGroup, ranks: list[int], device_type: str
+        ) -> dist.ProcessGroup:
+            kept.append(
+                ChangedGroup(super().make(inner or dist.group.WORLD, ranks, device_type), second)
+            )
             return kept[-1]
 
-        return second_group
-
-    state_module._SecondGroup = replacement
+    state_module.ExchangeGroups = Changed
     return group
