@@ -119,8 +119,8 @@ class Oracle:
         self.residuals = [torch.zeros(layout.numel) for _ in range(world_size)]
         self._undo: list[Tensor] = []  # payloads of the last step
 
-    def step(self, gradients: list[Tensor]) -> Tensor:
-        """One gradient [numel] per rank -> the average that every rank gets."""
+    def step(self, gradients: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """One gradient [numel] per rank -> the average that every rank gets, in `dtype`, else in theirs."""
         self._undo = []
         arguments = self.layout.arguments
         for rank, (gradient, residual) in enumerate(zip(gradients, self.residuals)):
@@ -139,7 +139,7 @@ class Oracle:
                 non_finite=bool(statistics[3] > 0),
             )
             self._undo.append(payload)
-        bucket = torch.empty_like(gradients[0])
+        bucket = torch.empty_like(gradients[0], dtype=dtype)
         gathered = torch.stack(self._undo)
         reference.decode_apply_(bucket, gathered, *arguments, value_format=self.value_format)
         if torch.isnan(bucket).all() and bucket.numel() > 0:
@@ -361,3 +361,68 @@ class SplitOracle:
         return torch.repeat_interleave(
             torch.tensor(layout.groups) >= 0, torch.tensor(layout.segments)
         )
+
+
+# ---- exchange="hierarchical"
+
+
+def shard_of(numel: int, index: int, count: int) -> slice:
+    """The entries of a parameter that the index-th of `count` ranks of a node owns."""
+    borders = [numel * i // count // 8 * 8 for i in range(count)] + [numel]
+    return slice(borders[index], borders[index + 1])
+
+
+class HierarchicalOracle:
+    """All ranks of a run with exchange="hierarchical" in one process: one tensor, up to 16 nodes."""
+
+    def __init__(
+        self,
+        world_size: int,
+        ranks_per_node: int,
+        segments: Sequence[tuple[int, bool]],
+        *,
+        scope: str,
+        density: float,
+        value_format: str = "bf16",
+    ) -> None:
+        """segments: numel, and whether it travels dense."""
+        self.ranks_per_node = ranks_per_node
+        self.nodes = world_size // ranks_per_node
+        numel = sum(n for n, _ in segments)
+        self.shards = [shard_of(numel, index, ranks_per_node) for index in range(ranks_per_node)]
+        self.owners = []  # by shard: the nodes, as if they were ranks
+        for shard in self.shards:
+            pieces, at = [], 0
+            for n, dense in segments:
+                inside = min(shard.stop, at + n) - max(shard.start, at)
+                if inside > 0:
+                    pieces.append((inside, dense))
+                at += n
+            layout = layout_of(parts_of(pieces, scope), scope, density)
+            self.owners.append(Oracle(self.nodes, layout, value_format))
+
+    def residual(self, rank: int) -> Tensor:
+        """The shard that this rank keeps, flat."""
+        return self.owners[rank % self.ranks_per_node].residuals[rank // self.ranks_per_node]
+
+    def step(self, gradients: Sequence[Tensor]) -> Tensor:
+        """One gradient [numel] per rank -> what every rank gets."""
+        result = torch.empty_like(gradients[0])
+        scale = torch.tensor(1.0 / self.ranks_per_node)
+        for shard, owners in zip(self.shards, self.owners):
+            means = []
+            for node in range(self.nodes):
+                total = torch.zeros(shard.stop - shard.start)
+                for rank in range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node):
+                    total = total + gradients[rank][shard].float()
+                means.append(total * scale)
+            if shard.start < shard.stop:
+                result[shard] = owners.step(means, result.dtype)
+        if not torch.isfinite(result).all():
+            result.fill_(torch.nan)
+            self.rollback()
+        return result
+
+    def rollback(self) -> None:
+        for owners in self.owners:
+            owners.rollback()
