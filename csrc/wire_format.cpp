@@ -82,22 +82,26 @@ PayloadHeader read_header(const uint8_t* payload) {
 }
 
 std::string check_header(const Layout& layout, const uint8_t* payload, uint32_t rank, uint32_t world_size, int64_t step) {
+  return check_header(make_header(layout, rank, world_size, step, false), payload);
+}
+
+std::string check_header(const PayloadHeader& expected, const uint8_t* payload) {
   const PayloadHeader got = read_header(payload);
-  if (got.magic != kPayloadMagic) return "magic: expected " + hex(kPayloadMagic) + ", got " + hex(got.magic);
-  if (got.version != kWireVersion)
-    return differs("wire format version", kWireVersion, got.version) + "; install the same compressed_ddp on every rank";
+  if (got.magic != expected.magic) return "magic: expected " + hex(expected.magic) + ", got " + hex(got.magic);
+  if (got.version != expected.version)
+    return differs("wire format version", expected.version, got.version) + "; install the same compressed_ddp on every rank";
   if ((got.flags & kFlagRefused) != 0) return "it had received a payload that it could not use: its own error says which";
   if ((got.flags & ~kFlagNonFinite) != 0) return differs("flags beyond the non-finite one", 0, got.flags & ~kFlagNonFinite);
-  if (got.value_format != layout.value_format)
-    return std::string("value_format: expected ") + name_of(layout.value_format) + ", got " + name_of(got.value_format);
-  if (got.world_size != world_size) return differs("world_size", world_size, got.world_size);
-  if (got.rank != rank) return differs("rank", rank, got.rank);
-  if (got.step != step) return differs("step", step, got.step);
-  if (got.numel != layout.numel) return differs("numel", layout.numel, got.numel);
-  if (got.selected_numel != layout.selected_numel) return differs("selected entries", layout.selected_numel, got.selected_numel);
-  if (got.dense_numel != layout.dense_numel) return differs("dense entries", layout.dense_numel, got.dense_numel);
-  if (got.payload_bytes != payload_bytes(layout)) return differs("payload_bytes", payload_bytes(layout), got.payload_bytes);
-  if (got.layout_hash != layout.hash) return "layout_hash differs: other segments, groups or k";
+  if (got.value_format != expected.value_format)
+    return std::string("value_format: expected ") + name_of(expected.value_format) + ", got " + name_of(got.value_format);
+  if (got.world_size != expected.world_size) return differs("world_size", expected.world_size, got.world_size);
+  if (got.rank != expected.rank) return differs("rank", expected.rank, got.rank);
+  if (got.step != expected.step) return differs("step", expected.step, got.step);
+  if (got.numel != expected.numel) return differs("numel", expected.numel, got.numel);
+  if (got.selected_numel != expected.selected_numel) return differs("selected entries", expected.selected_numel, got.selected_numel);
+  if (got.dense_numel != expected.dense_numel) return differs("dense entries", expected.dense_numel, got.dense_numel);
+  if (got.payload_bytes != expected.payload_bytes) return differs("payload_bytes", expected.payload_bytes, got.payload_bytes);
+  if (got.layout_hash != expected.layout_hash) return "layout_hash differs: other segments, groups or k";
   return {};
 }
 

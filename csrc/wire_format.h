@@ -83,6 +83,8 @@ PayloadHeader read_header(const uint8_t* payload);
 
 // Compares the header of a payload that came from outside with what this rank expects. Empty, or one line that says which field differs.
 std::string check_header(const Layout& layout, const uint8_t* payload, uint32_t rank, uint32_t world_size, int64_t step);
+// The same with the header that is expected; its flags are not compared.
+std::string check_header(const PayloadHeader& expected, const uint8_t* payload);
 
 // "fp32", "bf16", "sign"
 const char* name_of(ValueFormat value_format);

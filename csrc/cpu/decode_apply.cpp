@@ -5,6 +5,8 @@
 #include <limits>
 #include <vector>
 
+#include "keep_denormals.h"
+
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -17,20 +19,6 @@ constexpr int64_t kTileNumel = 8192; // 32 KiB of fp32 sums: the first-level dat
 // A bucket beyond this does not stay in the caches until the optimizer reads it; storing past the cache then saves reading
 // every line before it is overwritten.
 constexpr int64_t kStreamBytes = 64 << 20; // DDP's 25 MiB still fit the last-level cache of a server, where plain stores are faster
-
-// Denormals are summed as they are, whatever torch.set_flush_denormal says on this thread: which thread decodes is a matter of timing,
-// and every rank must get the same bits.
-class KeepDenormals {
-#if defined(__SSE2__)
- public:
-  KeepDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~kFlushBits); }
-  ~KeepDenormals() { _mm_setcsr(before_); }
-
- private:
-  static constexpr unsigned kFlushBits = 0x8040; // flush to zero, denormals are zero
-  unsigned before_;
-#endif
-};
 
 // Scales a tile, stores it and clears the sums. Returns 0 when every result is finite, NaN otherwise: x * 0 is NaN for Inf and NaN.
 float scale_and_store(float* sums, int64_t numel, float scale, float* out, bool stream) {

@@ -35,18 +35,18 @@ inline float to_float(float x) { return x; }
 
 inline float to_float(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
+// Without branches, by masks, so that a loop of these becomes vector instructions: the cases differ in integers that are added, and in
+// what is subtracted, which is 0 from all but the smallest.
 inline float to_float(Float16 x) {
+  const auto all_ones_if = [](bool condition) { return 0u - static_cast<uint32_t>(condition); };
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) { // Inf, NaN; a signalling NaN becomes quiet, as the hardware conversion does
-    const uint32_t quiet = magnitude > 0x7c00u ? 0x400000u : 0u;
-    return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13 | quiet);
-  }
-  if (magnitude < 0x400u) { // zero and denormals: an integer times 2^-24, exact in fp32
-    const float value = static_cast<float>(magnitude) * 0x1p-24f;
-    return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | sign);
-  }
-  return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000u));
+  const uint32_t small = all_ones_if(magnitude < 0x400u); // zero and denormals: the mantissa behind 2^-14, and that taken away; exact
+  const float shifted = std::bit_cast<float>((magnitude << 13) + 0x38000000u + (small & 0x800000u));
+  const float value = shifted - std::bit_cast<float>(small & 0x38800000u);
+  const uint32_t special = all_ones_if(magnitude >= 0x7c00u) & 0x38000000u; // Inf, NaN: the largest exponent here as well
+  const uint32_t quiet = all_ones_if(magnitude > 0x7c00u) & 0x400000u; // a signalling NaN becomes quiet, as the hardware conversion does
+  return std::bit_cast<float>((std::bit_cast<uint32_t>(value) + special) | quiet | sign);
 }
 
 // Round to nearest, ties to even; overflow becomes Inf, NaN stays a (quiet) NaN.

@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "bad_rank.cuh"
 #include "elias_fano.cuh"
 #include "launch.h"
 
@@ -30,20 +31,8 @@ __device__ __forceinline__ const PayloadHeader& header_of(const DecodeArguments&
   return *reinterpret_cast<const PayloadHeader*>(a.gathered + rank * a.expected.payload_bytes);
 }
 
-__device__ inline bool header_is_right(const PayloadHeader& got, const PayloadHeader& expected, uint32_t ranks_behind) {
-  return got.magic == expected.magic && got.version == expected.version && (got.flags & ~kFlagNonFinite) == 0 &&
-         got.value_format == expected.value_format && got.rank == expected.rank + ranks_behind &&
-         got.world_size == expected.world_size && got.layout_hash == expected.layout_hash && got.step == expected.step &&
-         got.numel == expected.numel && got.selected_numel == expected.selected_numel && got.dense_numel == expected.dense_numel &&
-         got.payload_bytes == expected.payload_bytes;
-}
-
-// Lowest rank wins, whatever the order of blocks; 0 means none.
 __device__ __forceinline__ void report(const DecodeArguments& a, int payload) {
-  const uint32_t mine = a.expected.rank + static_cast<uint32_t>(payload) * a.rank_stride + 1;
-  const uint32_t seen = atomicCAS(&a.status->bad_rank, 0u, mine);
-  if (seen > mine) atomicMin(&a.status->bad_rank, mine);
-  atomicOr(&a.status->step_is_bad, 1u);
+  report_bad_rank(a.status, a.expected.rank + static_cast<uint32_t>(payload) * a.rank_stride);
 }
 
 // ---- checks that are not part of any tile: headers, that directories ascend, and that every group's entries lie in the group
