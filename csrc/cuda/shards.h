@@ -13,7 +13,7 @@ namespace compressed_ddp::cuda {
 void load_shards(GradientType type); // as load_decode_apply; of all below
 
 struct PackShardsArguments { // all pointers in device memory
-  const Piece* pieces;
+  const ShardPiece* pieces;
   int64_t num_pieces;
   int64_t largest_piece_numel;
   const int64_t* presence_from; // [num_shards]
@@ -35,10 +35,10 @@ void mark_unused(const float* presence, const int32_t* parameter_of_segment, int
 void seal_slot(uint8_t* slot, const PayloadHeader& header, const DecodeStatus* status, cudaStream_t stream);
 
 struct UnpackShardsArguments { // all pointers in device memory
-  const Piece* pieces;
+  const ShardPiece* pieces;
   int64_t num_pieces;
   int64_t largest_piece_numel;
-  const uint8_t* slots;
+  const uint8_t* slots; // 64-byte aligned, as is what seal_slot writes
   int64_t slot_bytes;
   int64_t count;
   PayloadHeader expected;
