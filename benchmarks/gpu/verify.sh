@@ -214,6 +214,7 @@ part_sanitizer() {
     [ "$tool" != initcheck ] || select="$written"
     sanitize "$tool" select "$sanitizer" "$programs/compensate_select_cuda_test_gpu" "$select"
     sanitize "$tool" decode "$sanitizer" "$programs/decode_apply_cuda_test_gpu" "$decode"
+    sanitize "$tool" shards "$sanitizer" "$programs/shards_cuda_test_gpu" 'PackShardsCuda.*:UnpackShardsCuda.*:MeanOfShardsCuda.Unaligned*'
   done
 }
 sanitize() { # TOOL NAME SANITIZER PROGRAM FILTER

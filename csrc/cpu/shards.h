@@ -25,7 +25,7 @@ struct ShardPiece {
 };
 
 struct PackArguments {
-  std::span<const ShardPiece> pieces;          // shards_begin: in `shards`
+  std::span<const ShardPiece> pieces;     // shards_begin: in `shards`
   std::span<const int64_t> presence_from; // per shard: where in `shards` its presence begins
   std::span<const uint8_t> unused;        // per parameter: 1 = not used by this rank in this step
   const void* bucket;                     // [numel] of `type`
@@ -35,13 +35,14 @@ struct PackArguments {
 // shards[piece] = bucket[piece]; a parameter's presence is 1 where it is used and 0 where not.
 void pack_shards(const PackArguments& arguments);
 
-// mean[i] = (((0 + shards[0][i]) + shards[1][i]) + ..) * fp32(1 / count), in fp32. shards: [count, numel] of `type`.
+// mean[i] = (((0 + shards[0][i]) + shards[1][i]) + ..) * fp32(1 / count), in fp32; every NaN as kCanonicalNanBits, since processors do not
+// agree on the bits of one. shards: [count, numel] of `type`.
 void mean_of_shards(const void* shards, GradientType type, int64_t count, int64_t numel, float* mean);
 
 struct UnpackArguments {
   std::span<const ShardPiece> pieces; // shards_begin: in `slots`, headers counted
-  const uint8_t* slots;          // [count, slot_bytes]
-  int64_t slot_bytes;            // a multiple of kPayloadAlignment
+  const uint8_t* slots;               // [count, slot_bytes]
+  int64_t slot_bytes;                 // a multiple of kPayloadAlignment
   int64_t count;
   PayloadHeader expected; // of slot 0; the others are of the ranks behind it. Flags are not compared
   void* bucket;           // [numel] of `type`, written: the pieces cover it

@@ -38,7 +38,7 @@ struct UnpackShardsArguments { // all pointers in device memory
   const ShardPiece* pieces;
   int64_t num_pieces;
   int64_t largest_piece_numel;
-  const uint8_t* slots;
+  const uint8_t* slots; // 64-byte aligned, as is what seal_slot writes
   int64_t slot_bytes;
   int64_t count;
   PayloadHeader expected;

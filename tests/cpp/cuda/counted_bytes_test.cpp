@@ -1,5 +1,6 @@
 // What the CUDA stages move, counted in simulation: a bound that a change of the kernels cannot pass unnoticed, without a clock.
 #include "counted_bytes.h"
+#include "cuda/shards.h"
 
 namespace compressed_ddp {
 namespace {
@@ -33,6 +34,50 @@ TEST(CountedBytes, DecodingEightPayloadsStaysNearItsFloor) { // floor: write the
   RecordProperty("bytes_per_element", std::to_string(counted.bytes_per_element));
   EXPECT_GE(counted.bytes_per_element, 4 + 8 * kPayload);
   EXPECT_LE(counted.bytes_per_element, 4.4);
+}
+
+// Of aligned buffers; a sector that is moved twice would show as well.
+TEST(CountedBytes, DealingABucketOutMovesEveryEntryOnce) {
+  constexpr int64_t kShard = 1 << 17, kCount = 8;
+  for (const GradientType type : kGradientTypes) {
+    SCOPED_TRACE(testing::name_of(type));
+    const int64_t size = element_bytes(type), slot_bytes = 64 + kShard * size;
+    std::vector<ShardPiece> packed, unpacked;
+    for (int64_t s = 0; s < kCount; ++s) {
+      packed.push_back({s * kShard, s * kShard, kShard});
+      unpacked.push_back({s * kShard, (s * slot_bytes + 64) / size, kShard});
+    }
+    DeviceMemory<ShardPiece> packed_pieces{std::span<const ShardPiece>(packed)}, unpacked_pieces{std::span<const ShardPiece>(unpacked)};
+    DeviceMemory<uint8_t> bucket(static_cast<size_t>(kCount * kShard * size)), shards(bucket.size());
+    DeviceMemory<float> mean(kShard);
+    PayloadHeader header = make_header(kLayout, 0, kCount, kStep, false);
+    std::vector<uint8_t> slot_bytes_of_all(static_cast<size_t>(kCount * slot_bytes));
+    for (; header.rank < kCount; ++header.rank) std::memcpy(slot_bytes_of_all.data() + header.rank * slot_bytes, &header, sizeof header);
+    DeviceMemory<uint8_t> slots{std::span<const uint8_t>(slot_bytes_of_all)};
+    DeviceMemory<cuda::DecodeStatus> status(1);
+    for (const DeviceMemory<uint8_t>* memory : {&bucket, &shards}) require(cudaMemset(memory->data(), 0, memory->size()), "cudaMemset");
+    status.fill_bytes(0);
+    require(cudaDeviceSynchronize(), "preparing");
+    const auto expect = [&](double bytes_per_element, double written_in_halves = 0) {
+      require(cudaStreamSynchronize(nullptr), "dealing out");
+      const Counted counted = counted_since_reset(kCount * kShard);
+      EXPECT_GE(counted.bytes_per_element, bytes_per_element);
+      EXPECT_LE(counted.bytes_per_element, 1.03 * bytes_per_element); // every block reads the pieces and headers, for one tile here
+      EXPECT_LE(counted.sectors_per_element, 1.08 * bytes_per_element + written_in_halves);
+      EXPECT_EQ(counted.launches, 1u);
+      simt::reset_counters();
+    };
+    simt::reset_counters();
+    cuda::pack_shards({packed_pieces.data(), kCount, kShard, nullptr, 0, nullptr, 0, bucket.data(), type, shards.data()}, nullptr);
+    expect(2.0 * static_cast<double>(size));
+    cuda::mean_of_shards(shards.data(), type, kCount, kShard, mean.data(), nullptr);
+    expect(static_cast<double>(size) + 4.0 / kCount, size == 2 ? 4.0 / kCount : 0); // eight means of a thread are two stores
+    cuda::unpack_shards({unpacked_pieces.data(), kCount, kShard, slots.data(), slot_bytes, kCount,
+                         make_header(kLayout, 0, kCount, kStep, false), bucket.data(), type, status.data()},
+                        nullptr);
+    expect(2.0 * static_cast<double>(size));
+    EXPECT_EQ(status.download()[0].bad_rank, 0u);
+  }
 }
 
 } // namespace
