@@ -21,7 +21,7 @@ import torch.distributed as dist
 from contracts import HierarchicalOracle
 from ddp_models import SHAPES, Case, assert_same_bits, build, gradients_on, integers, normal, train
 from process_groups import Between, changed_groups, needs_python_groups
-from stage_cases import DTYPES, VALUE_FORMATS
+from stage_cases import VALUE_FORMATS
 from test_exchanges import (
     DENSITY,
     ENTRIES,
@@ -44,6 +44,7 @@ from compressed_ddp import TopKEFState, all_reduce_, all_reduce_gradients
 from compressed_ddp.groups import ranks_per_node_of
 
 # (world_size, ranks_per_node)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NODES = [(4, 2), (3, 1), (3, 3), (2, 2), (6, 3)]
 
 
@@ -80,8 +81,11 @@ def assert_equals_hierarchical_oracle(by_rank: list[list[Seen]], run: Run) -> No
         for rank, seen in enumerate(by_rank):
             where = f"on rank {rank} after step {step}"
             assert_same_bits(seen[step].result + 0, expected + 0, f"result {where}")
+            expected_kept = oracle.residual(rank)
             kept = seen[step].after.reshape(-1)
-            assert_same_bits(kept + 0, oracle.residual(rank) + 0, f"residual {where}")
+            if kept.numel() == 0:  # everything travels dense
+                kept = torch.zeros_like(expected_kept)
+            assert_same_bits(kept + 0, expected_kept + 0, f"residual {where}")
 
 
 @pytest.mark.filterwarnings("ignore:.*one rank")
@@ -486,7 +490,11 @@ def reduce_in_nodes_of(rank: int, world_size: int, counts: list[int | None]) -> 
     state = TopKEFState(
         density=0.1, dense_steps=0, exchange="hierarchical", ranks_per_node=counts[rank]
     )
-    return failing(lambda: all_reduce_(torch.ones(2000), state, name="w"))[0]
+    try:
+        all_reduce_(torch.ones(2000), state, name="w")
+        return ""
+    except (ValueError, RuntimeError) as error:
+        return str(error)
 
 
 def test_nodes_that_do_not_divide_the_world_size_are_refused(pools: ranks.Pools) -> None:
@@ -578,7 +586,7 @@ def test_a_damaged_payload_between_nodes_is_refused_by_every_rank_that_it_reache
     outcomes = pools.run(4, reduce_with_damage, 1)
     for rank, (message, before, after, _) in enumerate(outcomes):
         assert "failed at step 1" in message, rank
-        assert "the payload of rank 1" in message or "the payload of rank 3" in message
+        assert re.search("the (payload|shard) of rank [13]", message), "of the owners of that shard"
         shard = contracts.shard_of(4000, rank % 2, 2)
         first = rank // 2 * 2
         mean = (gradient("integers", 0, first, 1, 4000) + gradient("integers", 0, first + 1, 1, 4000))[shard] / 2
