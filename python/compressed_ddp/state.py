@@ -154,11 +154,12 @@ class TopKEFState:
         warn_about_momentum_once(self)
 
     def __repr__(self) -> str:
-        return (
-            f"TopKEFState(density={self.density}, scope={self.scope!r}, value_format={self.value_format!r}, "
-            f"exchange={self.exchange!r}, ranks_per_node={self.ranks_per_node}, error_feedback={self.error_feedback}, dense_steps={self.dense_steps}, "
-            f"min_compress_numel={self.min_compress_numel}, step={self.step})"
-        )
+        options = {"density": self.density} | {
+            name: value for name, value in self._options().items() if name != "density"
+        }
+        options |= {"exchange": self.exchange, "ranks_per_node": self.ranks_per_node}
+        shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return f"TopKEFState({shown}, step={self.step})"
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _FIXED_OPTIONS:
@@ -533,7 +534,13 @@ def _checked_shard(
     try:
         index, count = int(shard["index"]), int(shard["count"])
         places = [
-            (str(name), int(p["begin"]), int(p["end"]), [int(n) for n in p["shape"]], [int(n) for n in p["strides"]])
+            (
+                str(name),
+                int(p["begin"]),
+                int(p["end"]),
+                [int(n) for n in p["shape"]],
+                [int(n) for n in p["strides"]],
+            )
             for name, p in shard["places"].items()
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -373,33 +373,51 @@ def shard_of(numel: int, index: int, count: int) -> slice:
 
 
 class HierarchicalOracle:
-    """All ranks of a run with exchange="hierarchical" in one process: one tensor, up to 16 nodes."""
+    """All ranks of a run with exchange="hierarchical" in one process: one bucket, up to 16 nodes."""
 
     def __init__(
         self,
         world_size: int,
         ranks_per_node: int,
-        segments: Sequence[tuple[int, bool]],
+        parameters: Sequence[Sequence[tuple[int, bool]]],
         *,
         scope: str,
         density: float,
         value_format: str = "bf16",
     ) -> None:
-        """segments: numel, and whether it travels dense."""
+        """parameters: of each its segments, which are (numel, whether it travels dense)."""
         self.ranks_per_node = ranks_per_node
         self.nodes = world_size // ranks_per_node
-        numel = sum(n for n, _ in segments)
-        self.shards = [shard_of(numel, index, ranks_per_node) for index in range(ranks_per_node)]
+        self.shards: list[Tensor] = []  # positions in the bucket
         self.owners = []  # by shard: the nodes, as if they were ranks
-        for shard in self.shards:
-            pieces, at = [], 0
-            for n, dense in segments:
-                inside = min(shard.stop, at + n) - max(shard.start, at)
-                if inside > 0:
-                    pieces.append((inside, dense))
-                at += n
+        for index in range(ranks_per_node):
+            pieces, positions, begin = [], [torch.arange(0)], 0
+            for segments in parameters:
+                numel, at = sum(n for n, _ in segments), 0
+                shard = shard_of(numel, index, ranks_per_node)
+                for n, dense in segments:
+                    inside = min(shard.stop, at + n) - max(shard.start, at)
+                    if inside > 0:
+                        pieces.append((inside, dense))
+                    at += n
+                positions.append(torch.arange(begin + shard.start, begin + shard.stop))
+                begin += numel
+            self.shards.append(torch.cat(positions))
             layout = layout_of(parts_of(pieces, scope), scope, density)
             self.owners.append(Oracle(self.nodes, layout, value_format))
+
+    def node_residuals(self) -> list[Tensor]:
+        """[numel of the bucket] of every node, its shards put together."""
+        numel = sum(shard.numel() for shard in self.shards)
+        together = [torch.zeros(numel) for _ in range(self.nodes)]
+        for shard, owners in zip(self.shards, self.owners):
+            for whole, residual in zip(together, owners.residuals):
+                whole[shard] = residual
+        return together
+
+    def take_node_residuals(self, together: Sequence[Tensor]) -> None:
+        for shard, owners in zip(self.shards, self.owners):
+            owners.residuals = [whole[shard] for whole in together]
 
     def residual(self, rank: int) -> Tensor:
         """The shard that this rank keeps, flat."""
@@ -412,11 +430,11 @@ class HierarchicalOracle:
         for shard, owners in zip(self.shards, self.owners):
             means = []
             for node in range(self.nodes):
-                total = torch.zeros(shard.stop - shard.start)
+                total = torch.zeros(shard.numel())
                 for rank in range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node):
                     total = total + gradients[rank][shard].float()
                 means.append(total * scale)
-            if shard.start < shard.stop:
+            if shard.numel() > 0:
                 result[shard] = owners.step(means, result.dtype)
         if not torch.isfinite(result).all():
             result.fill_(torch.nan)

@@ -1,4 +1,7 @@
-"""The exchanges "split" and "dense", and which one a state takes: against the oracle, in contracts, and when something goes wrong."""
+"""The exchanges "split" and "dense", and which one a state takes: against the oracle, in contracts, and when something goes wrong.
+
+Every combination of all exchanges with the other options is here, too; test_hierarchical.py has the rest of "hierarchical".
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import dataclasses
 import itertools
 import math
 import os
-import re
 import signal
 import time
 from collections.abc import Sequence
@@ -52,7 +54,12 @@ from compressed_ddp._native import _C
 
 SEGMENTS = [4300, 60, 1700, 9, 130]  # those of 60 and 9 are shorter than min_compress_numel
 DENSITY, MIN_COMPRESS_NUMEL = 0.02, 100
-EXCHANGES = ["allgather", "split", "dense"]
+DENSE_TYPES = {
+    "dense_fp32": torch.float32,
+    "dense_bf16": torch.bfloat16,
+    "dense_fp16": torch.float16,
+}
+EXCHANGES = ["allgather", "split", "hierarchical", "dense", *DENSE_TYPES]
 WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3, 4], ids="ranks={}".format)
 
 
@@ -382,7 +389,9 @@ FACTORS: dict[str, list[Any]] = {
 CELL_STEPS = 4
 
 
-def case_of(scope: str, exchange: str, value_format: str, entry: str, dtype: torch.dtype) -> Case:
+def case_of(
+    scope: str, exchange: str, value_format: str, entry: str, dtype: torch.dtype, world_size: int
+) -> Case:
     state = {
         "scope": scope,
         "exchange": exchange,
@@ -390,6 +399,8 @@ def case_of(scope: str, exchange: str, value_format: str, entry: str, dtype: tor
         "dense_steps": 0,
         "density": 0.05,
     }
+    if exchange == "hierarchical":
+        state["ranks_per_node"] = 3 if world_size == 3 else 2
     return Case(entry, CELL_STEPS, dtypes=dict.fromkeys(SHAPES, dtype), state=state)
 
 
@@ -443,7 +454,10 @@ def check_cell(records: list[Record], case: Case) -> None:
         for ours, first in zip(record.gradients, records[0].gradients):
             for name, tensor in ours.items():
                 assert_same_bits(tensor, first[name], f"replicas of {name}")
-    if case.state["exchange"] != "dense":
+    exchange = case.state["exchange"]
+    if exchange == "hierarchical":
+        return assert_equals_hierarchical_oracle(records, case)
+    if not exchange.startswith("dense"):
         assert_equals_oracle(records, case)
         return
     for record in records:
@@ -452,10 +466,55 @@ def check_cell(records: list[Record], case: Case) -> None:
             given = [case.gradients(rank, step) for rank in range(len(records))]
             for name, tensor in gradients.items():
                 mean = sum(g[name].double() for g in given) / len(records)
-                eps = torch.finfo(tensor.dtype).eps
+                sent_as = DENSE_TYPES.get(exchange, tensor.dtype)
+                eps = max(torch.finfo(tensor.dtype).eps, torch.finfo(sent_as).eps)
                 torch.testing.assert_close(
                     tensor.double(), mean, rtol=4 * eps, atol=16 * eps, msg=name
                 )
+
+
+def assert_equals_hierarchical_oracle(records: list[Record], case: Case) -> None:
+    """Results bit for bit in every step, and at the end the shards put together."""
+    options = case.options()
+    world_size, ranks_per_node = len(records), options["ranks_per_node"]
+
+    def is_dense(name: str) -> bool:
+        return len(case.shapes[name]) <= 1 or math.prod(case.shapes[name]) < 1024
+
+    numels = {name: math.prod(shape) for name, shape in case.shapes.items()}
+    kept = [
+        {name: torch.zeros(numel) for name, numel in numels.items()}
+        for _ in range(world_size // ranks_per_node)
+    ]
+    for step in range(case.steps):
+        given = [case.gradients(rank, step) for rank in range(world_size)]
+        for names in records[0].buckets[step]:
+            oracle = contracts.HierarchicalOracle(
+                world_size,
+                ranks_per_node,
+                [[(numels[name], is_dense(name))] for name in names],
+                scope=options["scope"],
+                density=options["density"],
+                value_format=options["value_format"],
+            )
+            sizes = [numels[name] for name in names]
+            oracle.take_node_residuals(
+                [torch.cat([residuals[name] for name in names]) for residuals in kept]
+            )
+            expected = oracle.step(
+                [torch.cat([gradients[n].reshape(-1) for n in names]) for gradients in given]
+            )
+            for residuals, node in zip(kept, oracle.node_residuals()):
+                residuals.update(zip(names, node.split(sizes)))
+            for rank, record in enumerate(records):
+                for name, part in zip(names, expected.split(sizes)):
+                    got = record.gradients[step][name].reshape(-1)
+                    assert_same_bits(got + 0, part + 0, f"{name} on rank {rank}, step {step}")
+    for rank, record in enumerate(records):
+        for name, residual in record.residuals.items():
+            shard = contracts.shard_of(numels[name], rank % ranks_per_node, ranks_per_node)
+            expected_kept = kept[rank // ranks_per_node][name][shard]
+            assert_same_bits(residual + 0, expected_kept + 0, f"residual of {name} on rank {rank}")
 
 
 @pytest.mark.parametrize(
@@ -464,9 +523,8 @@ def check_cell(records: list[Record], case: Case) -> None:
     ids=lambda cell: "-".join(str(value).removeprefix("torch.") for value in cell),
 )
 def test_all_pairs_of_options_entries_and_dtypes(pools: ranks.Pools, cell: tuple[Any, ...]) -> None:
-    *options, world_size = cell
-    case = case_of(*options)
-    check_cell(pools.run(world_size, run_cell, case), case)
+    case = case_of(*cell)
+    check_cell(pools.run(cell[-1], run_cell, case), case)
 
 
 @pytest.mark.slow
@@ -479,10 +537,11 @@ def test_the_whole_matrix_on_eight_ranks(
     pools: ranks.Pools, capsys: pytest.CaptureFixture[str]
 ) -> None:
     world_size = 8
-    factors = [values for name, values in FACTORS.items() if name != "world_size"]
+    names = ("scope", "exchange", "value_format", "entry")
     broken = []
-    for cell in itertools.product(*factors):
-        case, start = case_of(*cell), time.monotonic()
+    for number, cell in enumerate(itertools.product(*(FACTORS[name] for name in names))):
+        dtype = FACTORS["dtype"][number % len(FACTORS["dtype"])]  # each with many others
+        case, start = case_of(*cell, dtype, world_size), time.monotonic()
         try:
             check_cell(pools.run(world_size, run_cell, case, timeout_s=120), case)
             outcome = "ok"
@@ -490,7 +549,7 @@ def test_the_whole_matrix_on_eight_ranks(
             broken.append(cell)
             outcome = f"BROKEN {str(error)[:200]!r}"
         with capsys.disabled():
-            words = " ".join(str(value).removeprefix("torch.") for value in cell)
+            words = " ".join(str(value).removeprefix("torch.") for value in (*cell, dtype))
             print(f"{words}: {outcome} ({time.monotonic() - start:.1f} s)", flush=True)
     assert broken == []
 
@@ -1057,6 +1116,7 @@ def test_figures_of_dense(pools: ranks.Pools, world_size: int, seed: int) -> Non
                 "bytes_sent_all_to_all": 0,
                 "bytes_sent_all_reduce": ring,
                 "bytes_sent_agreement": agreement,
+                "bytes_sent_in_node": 0,
             }
             metrics = of_step.metrics
             assert metrics["compressed_ddp/dense_bytes"] == ring
@@ -1065,6 +1125,32 @@ def test_figures_of_dense(pools: ranks.Pools, world_size: int, seed: int) -> Non
             assert metrics["compressed_ddp/captured_energy"] == 1
             norm = run.gradient(rank, step).double().norm().item()
             assert metrics["compressed_ddp/gradient_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def reduce_in(rank: int, world_size: int, exchange: str, dtype: torch.dtype) -> Seen:
+    """Of sums beyond fp16, whose averages are not: rank 0 has 65000, the others 60000."""
+    state = TopKEFState(exchange=exchange, dense_steps=0)
+    tensor = torch.full((3000,), 65000.0 if rank == 0 else 60000.0).to(dtype)
+    all_reduce_(tensor, state, name="w")
+    return Seen(torch.zeros(0), torch.zeros(0), tensor, state.metrics())
+
+
+@in_pairs(exchange=list(DENSE_TYPES), dtype=FACTORS["dtype"])
+def test_dense_travels_in_the_type_that_it_names(
+    pools: ranks.Pools, exchange: str, dtype: torch.dtype
+) -> None:
+    sent_as = DENSE_TYPES[exchange]
+    for seen in pools.run(4, reduce_in, exchange, dtype):
+        assert seen.result.dtype == dtype
+        eps = max(torch.finfo(dtype).eps, torch.finfo(sent_as).eps)
+        torch.testing.assert_close(
+            seen.result.double(), torch.full((3000,), 61250.0).double(), rtol=3 * eps, atol=0
+        )
+        ring = 2 * 3 / 4 * 3000
+        metrics = seen.metrics
+        assert metrics["compressed_ddp/bytes_sent_all_reduce"] == ring * sent_as.itemsize
+        assert metrics["compressed_ddp/dense_bytes"] == ring * dtype.itemsize
+        assert metrics["compressed_ddp/compression_ratio"] == dtype.itemsize / sent_as.itemsize
 
 
 # ---- figures
@@ -1094,7 +1180,11 @@ def test_bytes_sent_are_those_of_the_layouts(
                 "bytes_sent_all_reduce": 0,
                 "bytes_sent_agreement": 224 * (world_size - 1) if step == 0 else 0,
             }
-            assert figures(of_step) == {**expected, "bytes_sent": sum(expected.values())}
+            assert figures(of_step) == {
+                **expected,
+                "bytes_sent": sum(expected.values()),
+                "bytes_sent_in_node": 0,
+            }
             ratio = sum(SEGMENTS) * 4 / sum(of_range)
             assert of_step.metrics["compressed_ddp/compression_ratio"] == ratio
 
@@ -1142,5 +1232,6 @@ def test_by_default_up_to_16_ranks_gather_and_17_split() -> None:
 def test_a_state_shows_its_exchange() -> None:
     assert "exchange='split'" in repr(TopKEFState(exchange="split"))
     assert TopKEFState().exchange is None
-    with pytest.raises(ValueError, match=re.escape("('allgather', 'split', 'dense')")):
-        TopKEFState(exchange="ring")
+    for exchange in EXCHANGES:
+        with pytest.raises(ValueError, match=f"must be None or one of .*'{exchange}'.* got 'ring'"):
+            TopKEFState(exchange="ring")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
-import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -17,7 +15,6 @@ import ranks
 import stand_in
 import test_agreement
 import torch
-import torch.distributed as dist
 from contracts import HierarchicalOracle
 from ddp_models import SHAPES, Case, assert_same_bits, build, gradients_on, integers, normal, train
 from process_groups import Between, changed_groups, needs_python_groups
@@ -28,7 +25,6 @@ from test_exchanges import (
     MIN_COMPRESS_NUMEL,
     NAMES,
     SCOPES,
-    SEGMENTS,
     DelayOf,
     Run,
     Seen,
@@ -49,16 +45,14 @@ NODES = [(4, 2), (3, 1), (3, 3), (2, 2), (6, 3)]
 
 
 def options_of(ranks_per_node: int, **options: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple(
-        {"exchange": "hierarchical", "ranks_per_node": ranks_per_node, **options}.items()
-    )
+    return tuple({"exchange": "hierarchical", "ranks_per_node": ranks_per_node, **options}.items())
 
 
 def oracle_of(run: Run, world_size: int) -> HierarchicalOracle:
     options = {"scope": "tensor", "density": DENSITY, **dict(run.options)}
     options.pop("exchange")
     segments = [(n, n < MIN_COMPRESS_NUMEL) for n in run.segments]
-    return HierarchicalOracle(world_size, options.pop("ranks_per_node"), segments, **options)
+    return HierarchicalOracle(world_size, options.pop("ranks_per_node"), [segments], **options)
 
 
 def reduce_shards(rank: int, world_size: int, run: Run) -> list[Seen]:
@@ -105,7 +99,9 @@ def test_results_and_shards_equal_the_oracle_bit_for_bit(
         assert_equals_hierarchical_oracle(pools.run(world_size, reduce_shards, run), run)
 
 
-@pytest.mark.parametrize("segments", [(0,), (1,), (7,), (8,), (17,), (60, 0, 30), (200, 40)], ids=str)
+@pytest.mark.parametrize(
+    "segments", [(0,), (1,), (7,), (8,), (17,), (60, 0, 30), (200, 40)], ids=str
+)
 def test_tensors_of_fewer_entries_than_ranks_leave_some_without_a_shard(
     pools: ranks.Pools, segments: tuple[int, ...], seed: int
 ) -> None:
@@ -165,10 +161,16 @@ def test_bytes_are_those_of_the_layouts_inside_a_node_and_between_nodes(
     from compressed_ddp._native import _C
 
     world_size, ranks_per_node = nodes
-    run = Run("normal", seed, 2, dtype=dtype, options=options_of(ranks_per_node, value_format=value_format))
+    run = Run(
+        "normal",
+        seed,
+        2,
+        dtype=dtype,
+        options=options_of(ranks_per_node, value_format=value_format),
+    )
     oracle = oracle_of(run, world_size)
     size = dtype.itemsize
-    numels = [shard.stop - shard.start for shard in oracle.shards]
+    numels = [shard.numel() for shard in oracle.shards]
     slot = -(-(64 + max(numels) * size) // 64) * 64
     for rank, seen in enumerate(pools.run(world_size, reduce_shards, run)):
         own = rank % ranks_per_node
@@ -263,7 +265,9 @@ def reduce_with_unused(
     for step in range(6):
         used.grad = gradient("integers", 1, rank, step, 2000).reshape(40, 50)
         sometimes.grad = (
-            None if rank in unused.get(step, []) else gradient("integers", 2, rank, step, 2000).reshape(40, 50)
+            None
+            if rank in unused.get(step, [])
+            else gradient("integers", 2, rank, step, 2000).reshape(40, 50)
         )
         all_reduce_gradients([("used", used), ("sometimes", sometimes)], state)
         results.append(None if sometimes.grad is None else sometimes.grad.clone())
@@ -271,7 +275,9 @@ def reduce_with_unused(
     return results, residuals
 
 
-def test_a_parameter_is_unused_by_a_node_when_no_rank_of_it_has_a_gradient(pools: ranks.Pools) -> None:
+def test_a_parameter_is_unused_by_a_node_when_no_rank_of_it_has_a_gradient(
+    pools: ranks.Pools,
+) -> None:
     unused = {2: [0], 3: [0, 1], 4: [0, 1, 2, 3]}
     by_rank = pools.run(4, reduce_with_unused, unused)
     total = torch.zeros(2000, dtype=torch.float64)
@@ -308,7 +314,9 @@ def reduce_with_nan(rank: int, world_size: int, positions: list[int]) -> list[tu
     return seen
 
 
-def test_a_non_finite_value_in_any_shard_reaches_all_ranks_and_is_undone(pools: ranks.Pools) -> None:
+def test_a_non_finite_value_in_any_shard_reaches_all_ranks_and_is_undone(
+    pools: ranks.Pools,
+) -> None:
     for seen in pools.run(4, reduce_with_nan, [0, 2999, 3000, 5999]):
         for before, result, after, good in seen:
             assert result.isnan().all()
@@ -357,7 +365,9 @@ def train_from(
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(pools: ranks.Pools, entry: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    pools: ranks.Pools, entry: str
+) -> None:
     # A rebuilt bucket may select in other company, but not in scope "tensor".
     case = hierarchical_case(entry, 7, gradients_of=normal, state={"value_format": "bf16"})
     whole = pools.run(4, train_from, case, 0, None)
@@ -433,7 +443,9 @@ def load_changed(rank: int, world_size: int) -> dict[str, str]:
 
 def test_a_state_that_does_not_fit_is_refused_in_words(pools: ranks.Pools) -> None:
     for said in pools.run(4, load_changed):
-        assert re.search("ValueError.*holds shards.*use the same exchange", said["shard into whole"])
+        assert re.search(
+            "ValueError.*holds shards.*use the same exchange", said["shard into whole"]
+        )
         assert re.search("asks for shard . of 2.*ranks_per_node", said["whole into shard"])
         assert re.search("keeps shard . of 2.*shard . of 4.*ranks_per_node", said["other node"])
         assert re.search("holds shard . of 2.*keeps shard . of 4", said["other node, running"])
@@ -457,7 +469,9 @@ def test_ranks_of_a_node_are_counted(nodes: str, count: int) -> None:
 
 @pytest.mark.parametrize("nodes", ["aab", "abb", "abab", "abba", "aabbb", "aabbaa", "aabcc"])
 def test_irregular_nodes_are_refused_in_words(nodes: str) -> None:
-    with pytest.raises(RuntimeError, match=r"equally many consecutive ranks.*\[0, .*ranks_per_node"):
+    with pytest.raises(
+        RuntimeError, match=r"equally many consecutive ranks.*\[0, .*ranks_per_node"
+    ):
         ranks_per_node_of(list(nodes))
 
 
@@ -476,12 +490,18 @@ def test_ranks_on_one_machine_are_found_to_be_one_node(pools: ranks.Pools) -> No
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"ranks_per_node": 2}, ValueError, "belongs to exchange='hierarchical', but exchange is None"),
+        (
+            {"ranks_per_node": 2},
+            ValueError,
+            "belongs to exchange='hierarchical', but exchange is None",
+        ),
         ({"exchange": "hierarchical", "ranks_per_node": 0}, ValueError, ">= 1"),
         ({"exchange": "hierarchical", "ranks_per_node": 1.5}, TypeError, "integer"),
     ],
 )
-def test_ranks_per_node_is_checked(options: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_ranks_per_node_is_checked(
+    options: dict[str, Any], error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         TopKEFState(**options)
 
@@ -589,5 +609,7 @@ def test_a_damaged_payload_between_nodes_is_refused_by_every_rank_that_it_reache
         assert re.search("the (payload|shard) of rank [13]", message), "of the owners of that shard"
         shard = contracts.shard_of(4000, rank % 2, 2)
         first = rank // 2 * 2
-        mean = (gradient("integers", 0, first, 1, 4000) + gradient("integers", 0, first + 1, 1, 4000))[shard] / 2
+        mean = (
+            gradient("integers", 0, first, 1, 4000) + gradient("integers", 0, first + 1, 1, 4000)
+        )[shard] / 2
         assert_same_bits(after + 0, before + mean + 0, "nothing is lost")
