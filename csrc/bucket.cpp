@@ -51,6 +51,11 @@ std::string Bucket::name() const {
 
 int64_t Bucket::selected_numel(double density) const { return make_range(whole_, 0, numel(), density).layout.selected_numel; }
 
+BucketSize Bucket::size(double density, int64_t dense_bytes) const {
+  const Layout layout = make_range(whole_, 0, numel(), density).layout;
+  return {numel(), layout.selected_numel, payload_bytes(layout), dense_bytes};
+}
+
 // ---- ranges
 
 BucketRange Bucket::make_range(const Parts& of, int64_t begin, int64_t end, double density) const {

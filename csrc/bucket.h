@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "exchange.h"
+#include "exchange_auto.h"
 #include "residuals.h"
 #if COMPRESSED_DDP_CUDA
 #include "stages_device.h"
@@ -89,7 +90,8 @@ class Bucket {
   // The structure, and which parameters these are: two buckets of one structure are compared separately.
   uint64_t identity_hash() const { return identity_hash_; }
   int64_t numel() const { return whole_.numel; }
-  int64_t selected_numel(double density) const; // sum of k when it travels as one range
+  int64_t selected_numel(double density) const;               // sum of k when it travels as one range
+  BucketSize size(double density, int64_t dense_bytes) const; // likewise
 
   bool failed = false; // its exchange failed or the result was non-finite; guarded by the engine's progress mutex
   BucketStep last;

@@ -63,17 +63,23 @@ std::exception_ptr failed_exchange(const Engine::Place& place, const std::except
 }
 
 Engine::Engine(EngineOptions options)
-    : options_(std::move(options)),
-      process_group_(c10::intrusive_ptr<c10d::ProcessGroup>()),
-      launch_orders_(new_launch_orders()) {}
+    : options_(std::move(options)), process_group_(c10::intrusive_ptr<c10d::ProcessGroup>()), launch_orders_(new_launch_orders()) {}
 
-ExchangeKind Engine::exchange_kind(int64_t world_size) const { return options_.exchange.value_or(default_exchange(world_size)); }
+ExchangeKind Engine::exchange_kind(int64_t world_size) const {
+  if (options_.exchange == ExchangeKind::kAuto) return options_.automatic.sparse.value_or(default_exchange(world_size));
+  return options_.exchange.value_or(default_exchange(world_size));
+}
+
+ExchangeKind Engine::dense_kind() const {
+  return options_.exchange == ExchangeKind::kAuto ? options_.automatic.dense : options_.exchange.value_or(ExchangeKind::kDense);
+}
 
 void Engine::set_process_group(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const std::lock_guard lock(mutex_);
   process_group_ = c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group);
   groups_.clear();
   ranks_per_node_ = 0;
+  choices_.clear();
   launch_orders_ = new_launch_orders();
   agreed_.clear();
 }
@@ -248,8 +254,38 @@ void Engine::reduce(Request& request) {
 #endif
   if (!request.buffer.is_cpu()) return reduce_through_host(request, process_group);
   const std::shared_ptr<Bucket> bucket = bucket_of(request);
-  if (is_dense_step()) return reduce_dense(bucket, request, process_group);
+  if (travels_dense(bucket, request, process_group)) return reduce_dense(bucket, request, process_group);
   reduce_sparse(bucket, request, process_group);
+}
+
+bool Engine::travels_dense(const std::shared_ptr<Bucket>& bucket, const Request& request,
+                           const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
+  if (is_dense_step()) return true;
+  if (options_.exchange != ExchangeKind::kAuto) return false;
+  agree(bucket, *process_group, request.buffer.device()); // before anything that only some ranks might take part in
+  return is_dense(choose(bucket, process_group, request.buffer.device()));
+}
+
+// Once for each bucket. Of parameters that have residuals nothing travels dense: what they hold would never be sent.
+ExchangeKind Engine::choose(const std::shared_ptr<Bucket>& bucket, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group,
+                            c10::Device device) {
+  const auto found = choices_.find(bucket->identity_hash());
+  if (found != choices_.end()) return found->second.kind;
+  if (!costs_.has_value()) {
+    TORCH_CHECK(options_.measure_costs, "compressed_ddp: exchange='auto' does not know what exchanges cost");
+    costs_ = options_.measure_costs(process_group, device);
+  }
+  const int64_t world_size = process_group->getSize();
+  const ExchangeKind sparse = exchange_kind(world_size);
+  const int64_t dense_bytes = bucket->numel() * static_cast<int64_t>(c10::elementSize(dense_type(bucket->key().type)));
+  const Prediction prediction = predict(*costs_, sparse, world_size, bucket->size(density_of_current_step(), dense_bytes));
+  const bool has_residuals = std::any_of(bucket->key().entries.begin(), bucket->key().entries.end(),
+                                         [&](const EntryPtr& entry) { return entry->residual.defined() || residuals_.is_waiting(*entry); });
+  const bool dense = prediction.is_dense() && !has_residuals;
+  const ExchangeChoice choice{bucket->name(), bucket->numel(), dense ? dense_kind() : sparse, prediction};
+  choices_.emplace(bucket->identity_hash(), choice);
+  if (options_.note_choice) options_.note_choice(choice);
+  return choice.kind;
 }
 
 void Engine::mark_failed(const Request& request) {
@@ -315,7 +351,7 @@ void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& pr
   record.density_is_callable = callable;
   record.scope = static_cast<int64_t>(options_.scope);
   record.value_format = static_cast<int64_t>(options_.value_format);
-  record.exchange = static_cast<int64_t>(exchange_kind(record.world_size));
+  record.exchange = static_cast<int64_t>(options_.exchange.value_or(exchange_kind(record.world_size)));
   record.ranks_per_node = options_.ranks_per_node;
   record.error_feedback = options_.error_feedback;
   record.dense_steps = options_.dense_steps;

@@ -18,6 +18,7 @@
 
 #include "agreement.h"
 #include "bucket.h"
+#include "exchange_auto.h"
 #include "launch_order.h"
 #include "residuals.h"
 #include "stages_cpu.h"
@@ -33,12 +34,18 @@ struct EngineOptions {
   Scope scope = Scope::kTensor;
   ValueFormat value_format = ValueFormat::kBFloat16;
   std::optional<ExchangeKind> exchange; // none: default_exchange
-  int64_t ranks_per_node = 0;           // hierarchical; 0 = find_ranks_per_node
+  struct Auto {                         // of kAuto
+    std::optional<ExchangeKind> sparse; // kAllGather or kSplit; none: default_exchange
+    ExchangeKind dense = ExchangeKind::kDense;
+  } automatic;
+  int64_t ranks_per_node = 0; // hierarchical; 0 = find_ranks_per_node
   // A new group of some ranks of a group, for tensors of a device type; made by all of them in the same order. May take the GIL.
   using ProcessGroupPtr = c10::intrusive_ptr<c10d::ProcessGroup>;
   std::function<ProcessGroupPtr(const ProcessGroupPtr&, const std::vector<int64_t>& ranks, c10::DeviceType)> make_group;
   // Called by all ranks of a group, which hear the same. May take the GIL.
   std::function<int64_t(const ProcessGroupPtr&)> find_ranks_per_node;
+  std::function<ExchangeCosts(const ProcessGroupPtr&, c10::Device)> measure_costs; // as find_ranks_per_node
+  std::function<void(const ExchangeChoice&)> note_choice;                          // when it is made. May take the GIL
   bool error_feedback = true;
   int64_t dense_steps = 2;
   int64_t min_compress_numel = 1024;
@@ -85,8 +92,11 @@ class Engine {
   std::vector<std::pair<std::string, at::Tensor>> export_residuals();
   void load(int64_t step, const std::vector<std::pair<std::string, at::Tensor>>& residuals, const std::optional<Shard>& shard,
             const std::vector<ShardPlace>& places);
-  std::optional<Shard> shard() const;            // of the residuals that this rank keeps; none: all of them
+  std::optional<Shard> shard() const;           // of the residuals that this rank keeps; none: all of them
   std::vector<ShardPlace> shard_places() const; // of what export_residuals shows
+  std::optional<ExchangeCosts> costs() const;   // of auto, as soon as they are known
+  void use_costs(const ExchangeCosts& costs);   // instead of measured ones; choices that were made are made anew
+  std::vector<ExchangeChoice> choices() const;  // of auto, in the order of names
   Metrics metrics();
   bool has_compressed() const { return has_compressed_; }
   bool is_compressed(const at::Tensor& parameter) const; // some step has selected from it
@@ -155,7 +165,12 @@ class Engine {
   using Groups = std::vector<c10::weak_intrusive_ptr<c10d::ProcessGroup>>; // of every collective of an exchange
   const Groups& groups(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group, const Bucket& bucket, c10::DeviceType device_type);
   Groups make_groups(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group, bool one_for_each, c10::DeviceType device_type);
-  ExchangeKind exchange_kind(int64_t world_size) const;
+  ExchangeKind exchange_kind(int64_t world_size) const; // of payloads
+  ExchangeKind dense_kind() const;                      // of buckets that are dense behind the dense steps
+  bool travels_dense(const std::shared_ptr<Bucket>& bucket, const Request& request,
+                     const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
+  ExchangeKind choose(const std::shared_ptr<Bucket>& bucket, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group,
+                      c10::Device device);
   Bucket::Plan plan_of(c10d::ProcessGroup& process_group, double density) const;
   StageMaker stages_on_cpu(ExchangeKind kind);
   void begin_step_if_repeated(Request& request);
@@ -172,15 +187,17 @@ class Engine {
   Metrics current_metrics() const;
   bool is_ever_dense() const { return options_.exchange.has_value() && is_dense(*options_.exchange); }
   bool is_dense_step() const { return step_ < options_.dense_steps || is_ever_dense(); }
-  at::ScalarType dense_type(const at::Tensor& buffer) const; // in which a dense step of it travels
+  at::ScalarType dense_type(GradientType type) const; // in which a bucket of this type travels that is dense in this step
 
   // One public call at a time; callbacks never take it. Recursive, because a callable density may ask the state for its step or metrics.
   mutable std::recursive_mutex mutex_;
   EngineOptions options_;
   ResidualStore residuals_;
   c10::weak_intrusive_ptr<c10d::ProcessGroup> process_group_;
-  std::map<bool, Groups> groups_; // by whether the CUDA stages run; those that are no process_group_ belong to whoever made them
-  int64_t ranks_per_node_ = 0;    // hierarchical: as soon as it is known
+  std::map<bool, Groups> groups_;      // by whether the CUDA stages run; those that are no process_group_ belong to whoever made them
+  int64_t ranks_per_node_ = 0;         // hierarchical: as soon as it is known
+  std::optional<ExchangeCosts> costs_; // auto: as soon as they are known
+  std::map<uint64_t, ExchangeChoice> choices_; // auto: by identity of the bucket
   LaunchOrders launch_orders_;
   SelectScratch scratch_;
   std::multimap<const Entry*, std::shared_ptr<Bucket>> buckets_; // by first entry

@@ -66,8 +66,9 @@ void Engine::reduce_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
                               const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   DeviceStream& stream = device_stream(request.buffer.device());
   if (!is_capturing(request.buffer.device())) stream.hold(request.buffer);
+  const bool dense = travels_dense(bucket, request, process_group);
   const DeviceStream::Scope scope(stream);
-  if (is_dense_step())
+  if (dense)
     dense_on_device(bucket, request, *process_group);
   else
     sparse_on_device(bucket, request, process_group);
@@ -144,7 +145,8 @@ void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Reques
   try {
     device_stream_->run([&] {
       note_dense(bucket, request, process_group.getSize());
-      at::Tensor sent = buffer.div_(process_group.getSize()).to(dense_type(buffer)); // before the sum, so that fp16 does not overflow
+      at::Tensor sent =
+          buffer.div_(process_group.getSize()).to(dense_type(bucket->key().type)); // before the sum, so that fp16 does not overflow
       start_all_reduce(process_group, sent)->wait();
       if (!sent.is_same(buffer)) buffer.copy_(sent);
     });

@@ -7,6 +7,7 @@
 
 #include "cpu/decode_apply.h"
 #include "engine.h"
+#include "gradient_type.h"
 #include "shard_stages.h"
 #include "stages_cpu.h"
 
@@ -231,7 +232,8 @@ void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& 
   agree(bucket, *process_group, at::kCPU);
   at::Tensor buffer = request.buffer;
   note_dense(bucket, request, world_size);
-  at::Tensor sent = buffer.div_(world_size).to(dense_type(buffer)); // before the sum, so that fp16 does not overflow; often buffer itself
+  at::Tensor sent =
+      buffer.div_(world_size).to(dense_type(bucket->key().type)); // before the sum, so that fp16 does not overflow; often buffer itself
   auto run = std::make_shared<Run>();
   run->place = {bucket, step_, process_group->getRank(), static_cast<int>(world_size)};
   run->num_collectives = 1;
@@ -245,9 +247,8 @@ void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& 
   start(std::move(run), request);
 }
 
-at::ScalarType Engine::dense_type(const at::Tensor& buffer) const {
-  if (step_ < options_.dense_steps || !options_.exchange.has_value()) return buffer.scalar_type();
-  switch (*options_.exchange) {
+at::ScalarType Engine::dense_type(GradientType type) const {
+  switch (step_ < options_.dense_steps ? ExchangeKind::kDense : dense_kind()) {
     case ExchangeKind::kDenseFloat32:
       return at::kFloat;
     case ExchangeKind::kDenseBFloat16:
@@ -255,7 +256,7 @@ at::ScalarType Engine::dense_type(const at::Tensor& buffer) const {
     case ExchangeKind::kDenseFloat16:
       return at::kHalf;
     default:
-      return buffer.scalar_type();
+      return scalar_type(type);
   }
 }
 
@@ -266,7 +267,7 @@ void Engine::reduce_through_host(const Request& request, const c10::intrusive_pt
   host.result = c10::IValue(host.buffer);
   host.future = c10::make_intrusive<Future>(c10::TensorType::get());
   const std::shared_ptr<Bucket> bucket = bucket_of(host);
-  if (is_dense_step())
+  if (travels_dense(bucket, host, process_group))
     reduce_dense(bucket, host, process_group);
   else
     reduce_sparse(bucket, host, process_group);
@@ -295,7 +296,7 @@ void Engine::note_dense(const std::shared_ptr<Bucket>& bucket, const Request& re
   bucket->last = {};
   bucket->last.step = step_;
   bucket->last.dense = true;
-  const int64_t sent_bytes = request.buffer.numel() * static_cast<int64_t>(c10::elementSize(dense_type(request.buffer)));
+  const int64_t sent_bytes = request.buffer.numel() * static_cast<int64_t>(c10::elementSize(dense_type(bucket->key().type)));
   bucket->last.gradient_bytes = static_cast<double>(gradient_bytes);
   bucket->last.payload_bytes = static_cast<double>(sent_bytes);
   bucket->last.dense_bytes = ring_all_reduce_sent_bytes(world_size, gradient_bytes);

@@ -1,6 +1,7 @@
 // The engine between steps: counting, rolling back, checkpoints, metrics. engine.cpp has the steps themselves.
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "engine.h"
@@ -38,6 +39,7 @@ void Engine::reset() {
 #endif
   residuals_.reset();
   buckets_.clear();
+  choices_.clear();
   step_buckets_.clear();
   agreed_.clear();
   agreed_step_ = density_step_ = -1;
@@ -88,6 +90,7 @@ void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Ten
   if (!has_compressed_) agreed_.clear(); // all ranks are dense: they meet in a comparison in every step
   residuals_.forget_steps();
   buckets_.clear();
+  choices_.clear();
   step_buckets_.clear();
   step_ = step;
   density_step_ = agreed_step_ = -1;
@@ -104,6 +107,25 @@ std::optional<Shard> Engine::shard() const {
 std::vector<ShardPlace> Engine::shard_places() const {
   const std::lock_guard lock(mutex_);
   return residuals_.shard_places();
+}
+
+std::optional<ExchangeCosts> Engine::costs() const {
+  const std::lock_guard lock(mutex_);
+  return costs_;
+}
+
+void Engine::use_costs(const ExchangeCosts& costs) {
+  const std::lock_guard lock(mutex_);
+  costs_ = costs;
+  choices_.clear();
+}
+
+std::vector<ExchangeChoice> Engine::choices() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<ExchangeChoice> all;
+  for (const auto& [identity, choice] : choices_) all.push_back(choice);
+  std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.bucket < b.bucket; });
+  return all;
 }
 
 Metrics Engine::current_metrics() const {

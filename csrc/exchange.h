@@ -68,8 +68,8 @@ class Exchange {
 
 // Who takes part in an exchange of payloads, and as which ranks of the job.
 struct Members {
-  int64_t index, count;  // this process among them
-  Senders senders;       // all of them
+  int64_t index, count; // this process among them
+  Senders senders;      // all of them
   Sender self(int64_t step) const { return {senders.rank_of(index), senders.world_size, step}; }
 };
 // All ranks of the job.

@@ -16,13 +16,10 @@
 #include <ATen/ops/zeros.h>
 
 #include "exchange.h"
+#include "gradient_type.h"
 
 namespace compressed_ddp {
 namespace {
-
-at::ScalarType scalar_type(GradientType type) {
-  return type == GradientType::kFloat32 ? at::kFloat : type == GradientType::kFloat16 ? at::kHalf : at::kBFloat16;
-}
 
 class HierarchicalExchange final : public Exchange {
  public:

@@ -10,11 +10,12 @@ namespace compressed_ddp {
 enum class ExchangeKind : int64_t {
   kAllGather = 0,
   kSplit = 1,
-  kDense = 2,         // in the gradient's own type
-  kDenseFloat32 = 3,  // in the one that its name says
+  kDense = 2,        // in the gradient's own type
+  kDenseFloat32 = 3, // in the one that its name says
   kDenseBFloat16 = 4,
   kDenseFloat16 = 5,
   kHierarchical = 6,
+  kAuto = 7, // of a state: one of the others for each bucket (exchange_auto.h)
 };
 
 struct ExchangeName {
@@ -22,10 +23,14 @@ struct ExchangeName {
   std::string_view name;
 };
 inline constexpr ExchangeName kExchangeNames[] = {
-    {ExchangeKind::kAllGather, "allgather"},        {ExchangeKind::kSplit, "split"},
-    {ExchangeKind::kDense, "dense"},                {ExchangeKind::kDenseFloat32, "dense_fp32"},
-    {ExchangeKind::kDenseBFloat16, "dense_bf16"},   {ExchangeKind::kDenseFloat16, "dense_fp16"},
+    {ExchangeKind::kAllGather, "allgather"},
+    {ExchangeKind::kSplit, "split"},
+    {ExchangeKind::kDense, "dense"},
+    {ExchangeKind::kDenseFloat32, "dense_fp32"},
+    {ExchangeKind::kDenseBFloat16, "dense_bf16"},
+    {ExchangeKind::kDenseFloat16, "dense_fp16"},
     {ExchangeKind::kHierarchical, "hierarchical"},
+    {ExchangeKind::kAuto, "auto"},
 };
 
 constexpr std::string_view name_of(ExchangeKind kind) {

@@ -74,7 +74,8 @@ class SplitExchange final : public Exchange {
     if (lost_.defined()) owner_->clear(lost_.data_ptr<float>(), lost_.numel());
     for (size_t o = 0; o < stages_.size(); ++o)
       if (stages_[o] != nullptr)
-        sums_ += stages_[o]->compensate_select_and_encode(part_of(gradient, o), types_.gradient, unused, members_.self(step), payload_for(o));
+        sums_ +=
+            stages_[o]->compensate_select_and_encode(part_of(gradient, o), types_.gradient, unused, members_.self(step), payload_for(o));
   }
 
   WorkPtr start(int collective, ProcessGroup& process_group) override {
@@ -144,10 +145,8 @@ class SplitExchange final : public Exchange {
     if (refused_ != nullptr) std::rethrow_exception(refused_);
     const auto received_from = [&](size_t o) {
       const auto owner = static_cast<int64_t>(o);
-      return Received{gathered_.const_data_ptr<uint8_t>() + owner * stride_,
-                      1,
-                      {members_.senders.rank_of(owner), members_.senders.world_size},
-                      step_};
+      return Received{
+          gathered_.const_data_ptr<uint8_t>() + owner * stride_, 1, {members_.senders.rank_of(owner), members_.senders.world_size}, step_};
     };
     // All before the first is applied: nothing is written if one is not what it should be.
     for (size_t o = 0; o < stages_.size(); ++o)

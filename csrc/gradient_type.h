@@ -23,4 +23,9 @@ inline GradientType gradient_type(const at::Tensor& gradient) {
   }
 }
 
+// The other way round.
+inline at::ScalarType scalar_type(GradientType type) {
+  return type == GradientType::kFloat32 ? at::kFloat : type == GradientType::kFloat16 ? at::kHalf : at::kBFloat16;
+}
+
 } // namespace compressed_ddp

@@ -18,6 +18,7 @@ namespace {
 namespace py = pybind11;
 using FuturePtr = std::shared_ptr<torch::jit::PythonFutureWrapper>;
 using release_gil = py::gil_scoped_release;
+using CostsTuple = std::array<double, 5>; // the members of ExchangeCosts
 using PlaceTuple = std::tuple<std::string, int64_t, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
 
 // A Python hook must complete its future with a Python object (PythonCommHook::parseHookResult). It is made here, while the GIL is
@@ -59,7 +60,14 @@ std::function<double(int64_t)> density_function(py::object callable) {
   };
 }
 
-// Both are called from the hook, with the GIL.
+ExchangeCosts costs_of(const CostsTuple& costs) { return {costs[0], costs[1], costs[2], costs[3], costs[4]}; }
+
+py::tuple choice_tuple(const ExchangeChoice& choice) {
+  return py::make_tuple(choice.bucket, choice.numel, std::string(name_of(choice.kind)), choice.prediction.sparse_s,
+                        choice.prediction.dense_s);
+}
+
+// Called from the hook, with the GIL.
 void use_groups(EngineOptions& options, py::object groups) {
   const std::shared_ptr<py::object> holder = shared_with_gil(std::move(groups));
   const auto call = [holder](const char* what, auto&& function) {
@@ -70,7 +78,8 @@ void use_groups(EngineOptions& options, py::object groups) {
       throw std::runtime_error(std::string("compressed_ddp: ") + what + ": " + py::str(error.value()).cast<std::string>());
     }
   };
-  options.make_group = [call](const EngineOptions::ProcessGroupPtr& process_group, const std::vector<int64_t>& ranks, c10::DeviceType type) {
+  options.make_group = [call](const EngineOptions::ProcessGroupPtr& process_group, const std::vector<int64_t>& ranks,
+                              c10::DeviceType type) {
     return call("a process group that this exchange needs could not be made", [&](const py::object& object) {
       return object.attr("make")(process_group, ranks, c10::DeviceTypeName(type, true)).cast<EngineOptions::ProcessGroupPtr>();
     });
@@ -79,12 +88,21 @@ void use_groups(EngineOptions& options, py::object groups) {
     return call("the ranks of a node could not be found out",
                 [&](const py::object& object) { return object.attr("find_ranks_per_node")(process_group).cast<int64_t>(); });
   };
+  options.measure_costs = [call](const EngineOptions::ProcessGroupPtr& process_group, c10::Device device) {
+    return call("what exchanges cost could not be measured",
+                [&](const py::object& object) { return costs_of(object.attr("measure_costs")(process_group, device).cast<CostsTuple>()); });
+  };
+  options.note_choice = [call](const ExchangeChoice& choice) {
+    call("a choice of exchange='auto' could not be logged",
+         [&](const py::object& object) { return object.attr("note_choice")(choice_tuple(choice)); });
+  };
 }
 
 // A deleter with the GIL: the engine keeps the results of the last step, which are Python objects.
 std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope, const std::string& value_format,
-                                    const std::string& exchange, int64_t ranks_per_node, py::object groups, bool error_feedback,
-                                    int64_t dense_steps, int64_t min_compress_numel, bool exempt_needs_names) {
+                                    const std::string& exchange, const std::string& auto_sparse, const std::string& auto_dense,
+                                    int64_t ranks_per_node, py::object groups, bool error_feedback, int64_t dense_steps,
+                                    int64_t min_compress_numel, bool exempt_needs_names) {
   EngineOptions options;
   if (PyCallable_Check(density.ptr()) != 0)
     options.density_of_step = density_function(std::move(density));
@@ -93,6 +111,8 @@ std::shared_ptr<Engine> make_engine(py::object density, const std::string& scope
   options.scope = scope == "bucket" ? Scope::kBucket : scope == "chunk" ? Scope::kChunk : Scope::kTensor;
   options.value_format = value_format_of(value_format);
   options.exchange = exchange_kind_of(exchange); // checked by TopKEFState
+  options.automatic.sparse = exchange_kind_of(auto_sparse);
+  options.automatic.dense = exchange_kind_of(auto_dense).value_or(ExchangeKind::kDense);
   options.ranks_per_node = ranks_per_node;
   use_groups(options, std::move(groups));
   options.error_feedback = error_feedback;
@@ -173,8 +193,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("density"), py::arg("scope"), py::arg("value_format"), py::arg("exchange"),
-           py::arg("ranks_per_node"), py::arg("groups"), py::arg("error_feedback"), py::arg("dense_steps"),
-           py::arg("min_compress_numel"), py::arg("exempt_needs_names"))
+           py::arg("auto_sparse"), py::arg("auto_dense"), py::arg("ranks_per_node"), py::arg("groups"), py::arg("error_feedback"),
+           py::arg("dense_steps"), py::arg("min_compress_numel"), py::arg("exempt_needs_names"))
       .def("set_process_group", &Engine::set_process_group, py::call_guard<release_gil>())
       .def("has_process_group", &Engine::has_process_group, py::call_guard<release_gil>())
       .def("bind",
@@ -213,6 +233,29 @@ PYBIND11_MODULE(_C, m) {
              for (const auto& [name, begin, end, sizes, strides] : places) of_shards.push_back({name, begin, end, sizes, strides});
              const release_gil released;
              engine.load(step, residuals, shard.has_value() ? std::optional(Shard{shard->first, shard->second}) : std::nullopt, of_shards);
+           })
+      .def("costs",
+           [](Engine& engine) -> std::optional<CostsTuple> {
+             const release_gil released;
+             const std::optional<ExchangeCosts> costs = engine.costs();
+             if (!costs.has_value()) return std::nullopt;
+             return CostsTuple{costs->latency_s, costs->byte_s, costs->select_entry_s, costs->decode_entry_s, costs->decode_selected_s};
+           })
+      .def("use_costs",
+           [](Engine& engine, const CostsTuple& costs) {
+             const release_gil released;
+             engine.use_costs(costs_of(costs));
+           })
+      .def("choices",
+           [](Engine& engine) {
+             std::vector<ExchangeChoice> choices;
+             {
+               const release_gil released;
+               choices = engine.choices();
+             }
+             py::list tuples;
+             for (const ExchangeChoice& choice : choices) tuples.append(choice_tuple(choice));
+             return tuples;
            })
       .def("shard",
            [](Engine& engine) -> std::optional<std::pair<int64_t, int64_t>> {

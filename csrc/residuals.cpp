@@ -172,12 +172,14 @@ void ResidualStore::check_loaded(const Entry& entry, const at::Tensor& residual)
   const ShardPlace expected = place_of(entry), &got = place->second;
   TORCH_CHECK_VALUE(got.sizes == expected.sizes, who, "is of a parameter of shape ", shape_text(got.sizes), " but the parameter has shape ",
                     shape_text(expected.sizes), "; load a state of the same model");
-  TORCH_CHECK_VALUE(got.strides == expected.strides, who, "was saved of a parameter with strides ", shape_text(got.strides),
-                    " but the parameter has strides ", shape_text(expected.strides),
-                    "; a shard follows the memory format: bring the model into the one that it was saved in before this state is bound to it");
-  TORCH_CHECK_VALUE(got.begin == expected.begin && got.end == expected.end && residual.dim() == 1 && residual.numel() == got.end - got.begin,
-                    who, "is said to hold entries ", got.begin, " to ", got.end, " and has shape ", shape_text(residual.sizes()),
-                    ", but this rank keeps entries ", expected.begin, " to ", expected.end, "; load this rank's own file");
+  TORCH_CHECK_VALUE(
+      got.strides == expected.strides, who, "was saved of a parameter with strides ", shape_text(got.strides),
+      " but the parameter has strides ", shape_text(expected.strides),
+      "; a shard follows the memory format: bring the model into the one that it was saved in before this state is bound to it");
+  TORCH_CHECK_VALUE(
+      got.begin == expected.begin && got.end == expected.end && residual.dim() == 1 && residual.numel() == got.end - got.begin, who,
+      "is said to hold entries ", got.begin, " to ", got.end, " and has shape ", shape_text(residual.sizes()),
+      ", but this rank keeps entries ", expected.begin, " to ", expected.end, "; load this rank's own file");
 }
 
 void ResidualStore::take_waiting(Entry& entry) {

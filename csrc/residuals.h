@@ -30,9 +30,9 @@ struct Entry {
   at::Tensor residual;                 // fp32 [numel of this rank's shard]; undefined until the first compressed step
   bool is_shard = false;               // the residual is of a shard: entries from residual_begin on
   int64_t residual_begin = 0;
-  int64_t ordinal = 0;                 // in the order in which the store met them
-  int64_t last_step = -1;              // the last step in which it came
-  bool was_compressed = false;         // some step has selected from it
+  int64_t ordinal = 0;         // in the order in which the store met them
+  int64_t last_step = -1;      // the last step in which it came
+  bool was_compressed = false; // some step has selected from it
 
   at::Tensor shaped_residual() const; // a view: in the parameter's shape; of a shard flat
 };
@@ -74,6 +74,7 @@ class ResidualStore {
   void import_residuals(const std::vector<std::pair<std::string, at::Tensor>>& residuals, const std::optional<Shard>& shard,
                         const std::vector<ShardPlace>& places);
   bool has_waiting() const { return !waiting_.empty(); }
+  bool is_waiting(const Entry& entry) const { return !entry.name.empty() && waiting_.contains(entry.name); }
 
   // Which part of every parameter this rank keeps the residual of. ValueError when residuals of another part are there.
   void set_shard(const Shard& shard);
@@ -96,7 +97,7 @@ class ResidualStore {
   std::unordered_map<const c10::TensorImpl*, EntryPtr> by_parameter_;
   std::map<std::string, EntryPtr> by_name_; // ordered, so that state_dict() has a fixed order
   std::map<std::string, at::Tensor> waiting_;
-  std::optional<Shard> shard_;                     // none: whole parameters
+  std::optional<Shard> shard_;                       // none: whole parameters
   std::map<std::string, ShardPlace> waiting_places_; // of waiting shards
   bool bound_ = false;
 };

@@ -1,5 +1,6 @@
 // Which entries of a parameter a rank owns whose node shares its residuals (exchange="hierarchical"): the index-th of `count` ranges. A
-// function of the parameter alone, so that a residual stays where it is when DDP arranges its buckets anew, or a run is resumed. Torch-free.
+// function of the parameter alone, so that a residual stays where it is when DDP arranges its buckets anew, or a run is resumed.
+// Torch-free.
 #pragma once
 
 #include <cstdint>

@@ -69,6 +69,8 @@ void ShardStagesCpu::check(const uint8_t* slots, int64_t step) {
   if (!problem.empty()) throw std::runtime_error(problem);
 }
 
-bool ShardStagesCpu::unpack(const uint8_t* slots, int64_t step, void* bucket) { return unpack_shards(unpack_arguments(slots, step, bucket)); }
+bool ShardStagesCpu::unpack(const uint8_t* slots, int64_t step, void* bucket) {
+  return unpack_shards(unpack_arguments(slots, step, bucket));
+}
 
 } // namespace compressed_ddp

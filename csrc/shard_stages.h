@@ -63,7 +63,7 @@ class ShardStages {
   int64_t numel_;
   int64_t num_entries_;
   std::vector<int64_t> numels_, message_numels_;
-  std::vector<int64_t> presence_from_;      // per shard, in a buffer of messages
+  std::vector<int64_t> presence_from_;            // per shard, in a buffer of messages
   std::vector<ShardPiece> to_owners_, to_bucket_; // of messages, of slots
   int64_t slot_bytes_ = 0;
   uint64_t hash_ = 0;

@@ -25,7 +25,7 @@ class ShardStagesDevice final : public ShardStages {
   cudaStream_t stream_;
   std::shared_ptr<DeviceReport> report_;
   int64_t largest_piece_numel_ = 0;
-  at::Tensor tables_;                                          // all below, on the device
+  at::Tensor tables_; // all below, on the device
   const ShardPiece *to_owners_at_ = nullptr, *to_bucket_at_ = nullptr;
   const int64_t* presence_from_at_ = nullptr;
   uint8_t* unused_at_ = nullptr;

@@ -32,8 +32,9 @@ StageSums StagesCpu::compensate_select_and_encode(const void* gradient, Gradient
   }
   std::fill(returned_.begin(), returned_.end(), 0u);
   float* const* residuals = has_residuals() ? range_.residuals.data() : nullptr;
-  const CompensateSelectStatistics selected = compensate_select(
-      compensate_select_, {gradient, type, residuals, of_segments.data(), entries.indices.data(), entries.values.data()}, torch_parallel_for);
+  const CompensateSelectStatistics selected =
+      compensate_select(compensate_select_, {gradient, type, residuals, of_segments.data(), entries.indices.data(), entries.values.data()},
+                        torch_parallel_for);
   const EncodeStatistics dense = encode_dense(layout(), gradient, type, of_segments.data(), payload);
   const bool non_finite = selected.non_finite + dense.non_finite > 0;
   float* const* not_yet_kept = layout().value_format == ValueFormat::kBFloat16 ? nullptr : residuals;

@@ -76,8 +76,7 @@ std::string check_payloads(const Layout& layout, const uint8_t* payloads, int64_
                                static_cast<uint32_t>(senders.world_size), step)};
   if (refusal.why.empty()) refusal = check_entries(layout, payloads, count, parallel_for);
   if (refusal.why.empty()) return {};
-  return "the payload of rank " + std::to_string(senders.rank_of(refusal.payload)) + " is not what this rank expects (" + refusal.why +
-         ")";
+  return "the payload of rank " + std::to_string(senders.rank_of(refusal.payload)) + " is not what this rank expects (" + refusal.why + ")";
 }
 
 // One piece of a checked payload to its place in the lists [selected_numel].

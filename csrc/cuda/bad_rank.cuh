@@ -8,9 +8,9 @@ namespace compressed_ddp::cuda {
 // expected: of the first payload; this one is of a rank that lies that far behind.
 __device__ inline bool header_is_right(const PayloadHeader& got, const PayloadHeader& expected, uint32_t ranks_behind) {
   return got.magic == expected.magic && got.version == expected.version && (got.flags & ~kFlagNonFinite) == 0 &&
-         got.value_format == expected.value_format && got.rank == expected.rank + ranks_behind &&
-         got.world_size == expected.world_size && got.layout_hash == expected.layout_hash && got.step == expected.step &&
-         got.numel == expected.numel && got.selected_numel == expected.selected_numel && got.dense_numel == expected.dense_numel &&
+         got.value_format == expected.value_format && got.rank == expected.rank + ranks_behind && got.world_size == expected.world_size &&
+         got.layout_hash == expected.layout_hash && got.step == expected.step && got.numel == expected.numel &&
+         got.selected_numel == expected.selected_numel && got.dense_numel == expected.dense_numel &&
          got.payload_bytes == expected.payload_bytes;
 }
 

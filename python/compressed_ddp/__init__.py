@@ -23,12 +23,15 @@ from . import ops as ops
 from ._build_info import PACKAGE_VERSION as __version__  # noqa: F401
 from .adam import adam_param_groups
 from .all_reduce import all_reduce_, all_reduce_gradients
+from .auto_exchange import AutoExchange, ExchangeCosts
 from .compressor import ErrorFeedbackBuffer, TopKCompressor
 from .hook import register, topk_ef_hook
 from .state import TopKEFState
 
 __all__ = [
+    "AutoExchange",
     "ErrorFeedbackBuffer",
+    "ExchangeCosts",
     "TopKCompressor",
     "TopKEFState",
     "adam_param_groups",

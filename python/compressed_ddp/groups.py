@@ -1,8 +1,9 @@
-"""The process groups that an exchange needs beside the model's own, and which ranks share a node."""
+"""What the engine asks for in the hook: process groups beside the model's own, which ranks share a node, what exchanges cost."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import weakref
 from pathlib import Path
@@ -10,14 +11,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from . import auto_exchange
+
+_logger = logging.getLogger("compressed_ddp")
+
 
 class ExchangeGroups:
     """Makes process groups when the engine asks, and owns them: the engine only borrows.
 
-    Its methods are called from the hook, by all ranks that are concerned in the same order.
+    Its methods are called from the hook, by all ranks that are concerned in the same order. density, value_format: for what is
+    measured with exchange="auto".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, density: float = 0.01, value_format: str = "bf16") -> None:
+        self._density, self._value_format = density, value_format
+        self._logs = True  # rank 0 does
         self._groups: list[dist.ProcessGroup] = []
         weakref.finalize(self, _destroy, self._groups).atexit = False
 
@@ -47,6 +55,28 @@ class ExchangeGroups:
         nodes: list[str] = [""] * process_group.size()
         dist.all_gather_object(nodes, _machine(), group=process_group)
         return ranks_per_node_of(nodes)
+
+    def measure_costs(
+        self, process_group: dist.ProcessGroup, device: torch.device
+    ) -> tuple[float, float, float, float, float]:
+        """A collective of all ranks: the members of ExchangeCosts, as rank 0 has measured them."""
+        self._logs = process_group.rank() == 0
+        costs = auto_exchange.measure_costs(
+            process_group, device, self._density, self._value_format
+        )
+        if self._logs:
+            _logger.info("exchange='auto' has measured %s on %d ranks", costs, process_group.size())
+        return costs.as_tuple()
+
+    def note_choice(self, choice: tuple[str, int, str, float, float]) -> None:
+        """name of the first parameter, numel, exchange, predicted seconds sparse and dense"""
+        if self._logs:
+            _logger.info(
+                "exchange='auto': the bucket that begins with %r (%d entries) travels by %s (predicted: %.3g ms sparse, %.3g ms dense)",
+                *choice[:3],
+                1e3 * choice[3],
+                1e3 * choice[4],
+            )
 
     def clear(self) -> None:
         """Ends all groups, of which none may be in use."""

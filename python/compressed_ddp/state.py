@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 import re
 import warnings
@@ -16,6 +17,7 @@ from torch import nn
 from . import _native
 from .adam import warn_about_momentum_once
 from .arguments import number_of
+from .auto_exchange import AutoExchange, ExchangeCosts
 from .groups import ExchangeGroups
 from .names import trained_parameters, unwrapped
 
@@ -31,6 +33,7 @@ _EXCHANGES = (
     "dense_fp32",
     "dense_bf16",
     "dense_fp16",
+    "auto",
 )
 _FIXED_OPTIONS = frozenset(
     (
@@ -68,7 +71,9 @@ class TopKEFState:
             all at any world size, and updates of k entries rather than of up to world_size * k. "hierarchical": whole gradients
             inside a node, payloads of their mean between nodes (by "allgather" up to 16 nodes, "split" above); each rank keeps the
             residual of its share of every parameter. "dense": not compressed, a plain average in the gradient's dtype; or in the
-            one of "dense_fp32", "dense_bf16", "dense_fp16". None: "allgather" up to 16 ranks, "split" above.
+            one of "dense_fp32", "dense_bf16", "dense_fp16". "auto": for each bucket the sparse exchange of None or the dense one, by what
+            they would cost, which is measured in the first compressed step; an `AutoExchange(...)` makes some of these choices
+            itself. None: "allgather" up to 16 ranks, "split" above.
         ranks_per_node: of "hierarchical": how many consecutive ranks make a node. None: those on one machine, found out in the first
             compressed step.
         error_feedback: keep what is not sent and add it to the next gradient. False loses it: for comparisons.
@@ -93,7 +98,7 @@ class TopKEFState:
         *,
         scope: str = "tensor",
         value_format: str = "bf16",
-        exchange: str | None = None,
+        exchange: str | AutoExchange | None = None,
         ranks_per_node: int | None = None,
         error_feedback: bool = True,
         dense_steps: int = 2,
@@ -104,12 +109,14 @@ class TopKEFState:
         if scope not in _SCOPES:
             raise ValueError(f"TopKEFState: scope must be one of {_SCOPES}, got {scope!r}")
         number_of(value_format, "TopKEFState: ")
-        if exchange is not None and exchange not in _EXCHANGES:
+        automatic = exchange if isinstance(exchange, AutoExchange) else AutoExchange()
+        name = "auto" if isinstance(exchange, AutoExchange) else exchange
+        if name is not None and name not in _EXCHANGES:
             raise ValueError(
-                f"TopKEFState: exchange must be None or one of {_EXCHANGES}, got {exchange!r}"
+                f"TopKEFState: exchange must be None, an AutoExchange or one of {_EXCHANGES}, got {exchange!r}"
             )
         if ranks_per_node is not None:
-            ranks_per_node = _checked_ranks_per_node(ranks_per_node, exchange)
+            ranks_per_node = _checked_ranks_per_node(ranks_per_node, name)
         if not isinstance(error_feedback, bool):
             raise TypeError(
                 f"TopKEFState: error_feedback must be True or False, got {error_feedback!r}"
@@ -125,7 +132,10 @@ class TopKEFState:
         self._value_format = value_format
         self._exchange = exchange
         self._ranks_per_node = ranks_per_node
-        self._groups = ExchangeGroups()
+        self._automatic = automatic
+        self._groups = ExchangeGroups(
+            self._density if isinstance(self._density, float) else 0.01, value_format
+        )
         self._error_feedback = error_feedback
         self._dense_steps = _checked_integer("dense_steps", dense_steps)
         self._min_compress_numel = _checked_integer("min_compress_numel", min_compress_numel)
@@ -140,7 +150,9 @@ class TopKEFState:
             density=self.density,
             scope=scope,
             value_format=value_format,
-            exchange=exchange or "",
+            exchange=name or "",
+            auto_sparse=automatic.sparse or "",
+            auto_dense=automatic.dense,
             ranks_per_node=ranks_per_node or 0,
             groups=self._groups,
             error_feedback=error_feedback,
@@ -148,6 +160,8 @@ class TopKEFState:
             min_compress_numel=self.min_compress_numel,
             exempt_needs_names=self._exempt is not None,
         )
+        if automatic.costs is not None:
+            self._engine.use_costs(automatic.costs.as_tuple())
         if named_parameters is not None:
             named = trained_parameters("TopKEFState", named_parameters, takes_module=True)
             self._bind(named, stacklevel=3)
@@ -192,7 +206,7 @@ class TopKEFState:
         return self._value_format
 
     @property
-    def exchange(self) -> str | None:
+    def exchange(self) -> str | AutoExchange | None:
         """As given to the constructor."""
         return self._exchange
 
@@ -336,6 +350,19 @@ class TopKEFState:
             self._use_process_group(process_group)
         return self._engine
 
+    # ---- what "auto" has chosen
+
+    def exchange_costs(self) -> ExchangeCosts | None:
+        """What exchange="auto" goes by: as measured by rank 0, given, or loaded. None: not yet, or another exchange."""
+        costs = self._engine.costs()
+        return None if costs is None else ExchangeCosts(*costs)
+
+    def exchange_choices(self) -> list[dict[str, Any]]:
+        """How buckets travel with exchange="auto", of those that have come so far: "bucket" (its first parameter), "numel", "exchange",
+        and the predicted "sparse_s" and "dense_s"."""
+        names = ("bucket", "numel", "exchange", "sparse_s", "dense_s")
+        return [dict(zip(names, choice)) for choice in self._engine.choices()]
+
     # ---- step, metrics, rollback
 
     @property
@@ -381,7 +408,8 @@ class TopKEFState:
         """Residuals by parameter name and the options that matter: plain tensors and numbers, which `torch.load(weights_only=True)` reads.
 
         Every rank has its own residuals: save it on every rank. Waits for exchanges in flight. With exchange="hierarchical" a residual
-        is this rank's shard, flat, and "shard" tells of it: its index, of how many, and where it lies in every parameter.
+        is this rank's shard, flat, and "shard" tells of it: its index, of how many, and where it lies in every parameter. With
+        exchange="auto", "auto" holds the costs and the choices.
 
         Raises:
             ValueError: the parameters have no names yet.
@@ -395,6 +423,12 @@ class TopKEFState:
             **self._options(),
             "residuals": dict(self._engine.export_residuals()),
         }
+        costs = self.exchange_costs()
+        if costs is not None:
+            state_dict["auto"] = {
+                "costs": dataclasses.asdict(costs),
+                "choices": self.exchange_choices(),
+            }
         shard = self._engine.shard()
         if shard is not None:
             index, count = shard
@@ -411,7 +445,8 @@ class TopKEFState:
 
         Residuals wait until their parameter's name is known (`bind`, `register`, or a name given to `all_reduce_`). Options are
         not taken: a difference to this state's own options is warned about, and so are residuals whose names the bound model does
-        not have. A parameter without a saved residual starts at zero.
+        not have. A parameter without a saved residual starts at zero. With exchange="auto" the saved costs are gone by, unless others were
+        given to the constructor: so the choices are the saved ones.
 
         Raises:
             TypeError: not a dict of the types that `state_dict()` returned.
@@ -443,7 +478,7 @@ class TopKEFState:
         step = int(state_dict["step"])
         if step < 0:
             raise ValueError(f"TopKEFState.load_state_dict: step must be >= 0, got {step}")
-        shard, places = _checked_shard(state_dict, self.exchange)
+        shard, places = _checked_shard(state_dict, self._exchange_name())
         differing = [
             f"{option} (saved {state_dict[option]!r}, now {value!r})"
             for option, value in self._options().items()
@@ -455,7 +490,10 @@ class TopKEFState:
                 + ", ".join(differing),
                 stacklevel=2,
             )
+        costs = _checked_costs(state_dict) if self._exchange_name() == "auto" else None
         self._engine.load(step, list(state_dict["residuals"].items()), shard, places)
+        if costs is not None and self._automatic.costs is None:
+            self._engine.use_costs(costs.as_tuple())
         self._loaded_rank = loaded_rank
         self._loaded_names = list(state_dict["residuals"])
         self._warn_about_unmatched_names(stacklevel=3)
@@ -466,12 +504,15 @@ class TopKEFState:
             "density": self.density if isinstance(self.density, float) else -1.0,
             "scope": self.scope,
             "value_format": self.value_format,
-            "exchange": self.exchange or "default",
+            "exchange": self._exchange_name() or "default",
             "ranks_per_node": self.ranks_per_node or 0,
             "error_feedback": self.error_feedback,
             "dense_steps": self.dense_steps,
             "min_compress_numel": self.min_compress_numel,
         }
+
+    def _exchange_name(self) -> str | None:
+        return "auto" if isinstance(self._exchange, AutoExchange) else self._exchange
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self._used_rank is not None and self._engine.has_process_group():
@@ -513,6 +554,18 @@ def _checked_ranks_per_node(ranks_per_node: Any, exchange: str | None) -> int:
             f"TopKEFState: ranks_per_node belongs to exchange='hierarchical', but exchange is {exchange!r}; leave it out"
         )
     return count
+
+
+def _checked_costs(state_dict: dict[str, Any]) -> ExchangeCosts | None:
+    saved = state_dict.get("auto")
+    if saved is None:
+        return None
+    try:
+        return ExchangeCosts(**saved["costs"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"TopKEFState.load_state_dict: auto is not as it was saved ({error}); load what TopKEFState.state_dict() returned"
+        ) from None
 
 
 Place = tuple[str, int, int, list[int], list[int]]
