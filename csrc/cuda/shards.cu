@@ -15,8 +15,10 @@ namespace {
 
 constexpr int kWordsAtOnce = 4; // that a thread loads before it stores the first
 constexpr int kPieceTileBytes = kWordsAtOnce * 16 * kThreads;
-constexpr int64_t kMaxBlocks =
-    512; // with 16 KiB in flight each: several times what keeps memory busy, and few that read the list of pieces
+// Blocks: with 16 KiB in flight each, several times what keeps memory busy, and few that read the list of pieces. No more than four of
+// them come to one of 132 multiprocessors; with registers for more some would spill.
+constexpr int64_t kMaxBlocks = 512;
+constexpr int kResidentBlocks = 4;
 
 // Calls function(piece, begin, numel) for this block's tiles [begin, begin + numel) of pieces, by all threads. One piece has millions of
 // entries, the next has three, and the host knows no more than how many there are: so blocks number the tiles of all pieces, kThreads
@@ -57,7 +59,7 @@ __device__ __forceinline__ void copy_as(const unit_t* from, unit_t* to, int nume
   const int head = min(numel, static_cast<int>(-(reinterpret_cast<uintptr_t>(to) / sizeof(unit_t)) % kUnits));
   const int num_words = (numel - head) / kUnits, tail = head + num_words * kUnits;
   const int edge = thread < kUnits ? thread : tail + thread - kUnits;
-  const bool has_edge = thread < kUnits ? edge < head : thread < 2 * kUnits && edge < numel;
+  const bool has_edge = edge < (thread < kUnits ? head : numel);
   const unit_t edge_unit = has_edge ? from[edge] : unit_t{0};
   const auto* in = reinterpret_cast<const word_t*>(from + head);
   auto* out = reinterpret_cast<word_t*>(to + head);
@@ -87,7 +89,7 @@ __device__ __forceinline__ void copy_tile(const unit_t* from, unit_t* to, int nu
 // ---- kernels
 
 template <typename unit_t>
-__global__ void __launch_bounds__(kThreads) pack_shards_kernel(PackShardsArguments a, unit_t one) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) pack_shards_kernel(PackShardsArguments a, unit_t one) {
   const auto* bucket = static_cast<const unit_t*>(a.bucket);
   auto* shards = static_cast<unit_t*>(a.shards);
   for_each_tile<unit_t>(a.pieces, static_cast<int>(a.num_pieces), [&](const ShardPiece& piece, int64_t begin, int numel) {
@@ -108,7 +110,7 @@ __device__ __forceinline__ PayloadHeader load_header(const uint8_t* slot) {
 }
 
 template <typename unit_t>
-__global__ void __launch_bounds__(kThreads) unpack_shards_kernel(UnpackShardsArguments a, unit_t nan) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) unpack_shards_kernel(UnpackShardsArguments a, unit_t nan) {
   bool is_bad = false;
   for (int s = threadIdx.x; s < a.count; s += kThreads) {
     const PayloadHeader header = load_header(a.slots + s * a.slot_bytes);

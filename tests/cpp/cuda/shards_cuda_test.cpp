@@ -67,6 +67,9 @@ Pieces of_all_alignments(GradientType type, int64_t shards_begin) {
     for (int64_t numel = 1; numel <= 2 * per_vector + 2; ++numel) add(at, at, numel);
     for (int64_t other = 0; other < per_vector; ++other) add(at, other, 1 + (7 * other + at) % 17);
   }
+  for (const auto& [at, per_word] :
+       {std::pair(int64_t{0}, per_vector), std::pair(int64_t{1}, int64_t{1}), std::pair(int64_t{2}, int64_t{2})})
+    for (int64_t words = 256; words <= 768; words += 256) add(0, at, (words + 3) * per_word); // what a thread takes at once ends among them
   return pieces;
 }
 
@@ -125,6 +128,10 @@ TEST(PackShardsCuda, PiecesOfAllSizesGoWhereTheCpuEnginePutsThem) {
     }
 }
 
+TEST(PackShardsCuda, OnePieceIsEnough) {
+  for (const GradientType type : kGradientTypes) expect_pack_is_that_of_the_cpu({{{3, 2, 20}}, {0}, {1}}, type);
+}
+
 TEST(PackShardsCuda, MorePiecesThanBlocksAreAllCopied) {
   Numbers numels(static_cast<size_t>(kMaxBlocks + 40), 2);
   for (size_t i = 0; i < numels.size(); i += 5) numels[i] = static_cast<int64_t>(i % 4);
@@ -134,9 +141,9 @@ TEST(PackShardsCuda, MorePiecesThanBlocksAreAllCopied) {
 
 TEST(PackShardsCuda, PresenceNeedsNoPieces) {
   for (const GradientType type : kGradientTypes) {
-    Bytes unused = random_bytes(300, 84);
+    Bytes unused = random_bytes(1030, 84);
     for (uint8_t& flag : unused) flag &= 1;
-    expect_pack_is_that_of_the_cpu({{}, {1, 302, 605}, unused}, type);
+    expect_pack_is_that_of_the_cpu({{}, {1, 1032, 2065}, unused}, type);
     expect_pack_is_that_of_the_cpu({{{0, 0, 0}}, {0}, unused}, type);
   }
 }
@@ -177,6 +184,7 @@ TEST(MeanOfShardsCuda, EqualsTheCpuEngineBitForBit) {
       const int64_t tile = 256 * 16 / element_bytes(type); // shards.cu
       Numbers numels = {0, tile - 1, tile, tile + 8, 2 * tile + 5};
       for (int64_t numel = 1; numel <= 17; ++numel) numels.push_back(numel);
+      for (int64_t numel = 256; numel < tile; numel += 256) numels.push_back(numel + 3);
       for (const int64_t numel : numels) {
         SCOPED_TRACE(std::string(testing::name_of(type)) + ", count " + std::to_string(count) + ", numel " + std::to_string(numel));
         expect_mean_is_that_of_the_cpu(adversarial_shards(type, count * numel, 85 + static_cast<uint64_t>(numel)), count, 0, 0);
@@ -204,14 +212,14 @@ TEST(MeanOfShardsCuda, EveryNumberOfSixteenBitsIsThatOfTheCpuEngine) {
 // ---- mark_unused
 
 TEST(MarkUnusedCuda, SegmentsOfParametersThatNobodyHasUsedAreMarked) {
-  const std::vector<float> presence = {1, 0, 0.5f, 0.125f, -0.0f};
+  const std::vector<float> presence = {0, 1, 0.5f, 0.125f, -0.0f};
   constexpr size_t kSegments = 600;
   Random random(87);
   std::vector<int32_t> parameter_of_segment(kSegments);
   Bytes expected(kSegments + 2 * kMargin, kUntouched);
   for (size_t s = 0; s < kSegments; ++s) {
     parameter_of_segment[s] = static_cast<int32_t>(random.integer(-2, 5));
-    expected[kMargin + s] = parameter_of_segment[s] == 1 || parameter_of_segment[s] == 4 ? 1 : 0;
+    expected[kMargin + s] = parameter_of_segment[s] == 0 || parameter_of_segment[s] == 4 ? 1 : 0;
   }
   DeviceMemory<float> device_presence{std::span<const float>(presence)};
   DeviceMemory<int32_t> parameters{std::span<const int32_t>(parameter_of_segment)};
@@ -340,9 +348,9 @@ TEST(UnpackShardsCuda, AFlaggedSlotMakesTheBucketNanAndItsStepBad) {
   for (const GradientType type : kGradientTypes)
     for (const int64_t flagged : {0, 2}) {
       SCOPED_TRACE(std::string(testing::name_of(type)) + ", slot " + std::to_string(flagged));
-      Slots slots(type, 3, 2048, 94);
+      Slots slots(type, 3, 5120, 94);
       slots.change(flagged, [](PayloadHeader& header) { header.flags = kFlagNonFinite; });
-      const Pieces pieces = pieces_of_slots(slots, {17, 0, 40, 1, 300}, 5);
+      const Pieces pieces = pieces_of_slots(slots, {17, 0, 40, 1, 1100}, 5);
       const Unpacked unpacked = unpack_on_cuda(slots, pieces, 1);
       EXPECT_TRUE(unpack_on_cpu(slots, pieces, 1, true) == unpacked.bucket);
       expect_status(unpacked.status, 0, 1);
@@ -390,13 +398,17 @@ TEST(UnpackShardsCuda, TheLowestBadRankStaysInTheStatus) {
   EXPECT_EQ(bad_rank_of({2, 7}, 9), 7u);
 }
 
-TEST(UnpackShardsCuda, EveryOneOfManySlotsIsLookedAtEvenWithoutPieces) {
-  for (const int64_t wrong : {0, 255, 256, 299}) {
-    Slots slots(GradientType::kBFloat16, 300, 64, 97);
-    expect_status(unpack_on_cuda(slots, {}).status, 0, 0);
-    slots.change(wrong, [](PayloadHeader& header) { header.step = 8; });
-    expect_status(unpack_on_cuda(slots, {}).status, static_cast<uint32_t>(1 + 4 + wrong), 1);
-  }
+TEST(UnpackShardsCuda, EveryOneOfManySlotsIsLookedAtEvenForNoPieceOrOne) {
+  for (const GradientType type : kGradientTypes)
+    for (const int64_t wrong : {0, 255, 256, 299}) {
+      Slots slots(type, 300, 128, 97);
+      const Pieces none, one = {{0, slots.first_entry(299), 10}};
+      EXPECT_TRUE(unpack_on_cpu(slots, one) == unpack_on_cuda(slots, one).bucket);
+      expect_status(unpack_on_cuda(slots, none).status, 0, 0);
+      slots.change(wrong, [](PayloadHeader& header) { header.step = 8; });
+      EXPECT_TRUE(unpack_on_cpu(slots, one, 0, true) == unpack_on_cuda(slots, one).bucket);
+      expect_status(unpack_on_cuda(slots, none).status, static_cast<uint32_t>(1 + 4 + wrong), 1);
+    }
 }
 
 } // namespace
