@@ -81,6 +81,8 @@ std::string describe_disagreement(std::span<const AgreementRecord> records) {
     fields.compare("value_format", [](R r) { return r.value_format; }, [](R r) { return show_value_format(r.value_format); });
     fields.compare("exchange", [](R r) { return r.exchange; }, [](R r) { return show_exchange(r.exchange); });
     fields.compare("ranks_per_node (0 = by host)", [](R r) { return r.ranks_per_node; }, [](R r) { return show(r.ranks_per_node); });
+    fields.compare(
+        "costs of exchange='auto' (0 = to be measured)", [](R r) { return r.costs_hash; }, [](R r) { return show_hash(r.costs_hash); });
     fields.compare("error_feedback", [](R r) { return r.error_feedback; }, [](R r) { return show_bool(r.error_feedback); });
     fields.compare("dense_steps", [](R r) { return r.dense_steps; }, [](R r) { return show(r.dense_steps); });
     fields.compare("min_compress_numel", [](R r) { return r.min_compress_numel; }, [](R r) { return show(r.min_compress_numel); });

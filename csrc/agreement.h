@@ -38,7 +38,8 @@ struct AgreementRecord {
   uint64_t structure_hash = 0;
   uint64_t exempt_hash = 0;
   uint64_t names_hash = 0; // 0 = this rank has no names; compared only where both have
-  char bucket[56] = {};    // for the message: the name of the bucket's first parameter, cut off
+  uint64_t costs_hash = 0; // of exchange="auto"; 0 = still to be measured
+  char bucket[48] = {};    // for the message: the name of the bucket's first parameter, cut off
 };
 static_assert(sizeof(AgreementRecord) == 224 && std::is_trivially_copyable_v<AgreementRecord>);
 

@@ -353,6 +353,7 @@ void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& pr
   record.value_format = static_cast<int64_t>(options_.value_format);
   record.exchange = static_cast<int64_t>(options_.exchange.value_or(exchange_kind(record.world_size)));
   record.ranks_per_node = options_.ranks_per_node;
+  if (costs_.has_value()) record.costs_hash = hash_bytes(&*costs_, sizeof *costs_);
   record.error_feedback = options_.error_feedback;
   record.dense_steps = options_.dense_steps;
   record.min_compress_numel = options_.min_compress_numel;

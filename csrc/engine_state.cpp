@@ -40,6 +40,7 @@ void Engine::reset() {
   residuals_.reset();
   buckets_.clear();
   choices_.clear();
+  costs_.reset();
   step_buckets_.clear();
   agreed_.clear();
   agreed_step_ = density_step_ = -1;
@@ -90,7 +91,6 @@ void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Ten
   if (!has_compressed_) agreed_.clear(); // all ranks are dense: they meet in a comparison in every step
   residuals_.forget_steps();
   buckets_.clear();
-  choices_.clear();
   step_buckets_.clear();
   step_ = step;
   density_step_ = agreed_step_ = -1;

@@ -30,10 +30,10 @@ class HierarchicalExchange final : public Exchange {
     const int64_t own = shards_->own_message_numel(), count = shards_->count();
     int64_t sent = 0;
     for (const int64_t numel : shards_->message_numels()) sent += numel;
-    sent_ = at::empty({sent}, gradients);
+    sent_ = at::zeros({sent}, gradients); // no garbage in the padding
     received_ = at::empty({count * own}, gradients);
     mean_ = at::empty({own}, gradients.dtype(at::kFloat));
-    slots_ = at::zeros({count * shards_->slot_bytes()}, gradients.dtype(at::kByte)); // no garbage in the padding
+    slots_ = at::zeros({count * shards_->slot_bytes()}, gradients.dtype(at::kByte));
     slot_ = slots_.narrow(0, index * shards_->slot_bytes(), shards_->slot_bytes());
     result_ = slot_.narrow(0, sizeof(PayloadHeader), shards_->own_numel() * element_bytes(type)).view(gradients.dtype().toScalarType());
   }

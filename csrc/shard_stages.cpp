@@ -9,6 +9,7 @@ namespace compressed_ddp {
 ShardStages::ShardStages(const Dealt& dealt, const Node& node, GradientType type)
     : node_(node), type_(type), numel_(dealt.numel), num_entries_(dealt.num_entries), numels_(dealt.numels) {
   constexpr int64_t kHeaderBytes = sizeof(PayloadHeader);
+  constexpr int64_t kMessageNumel = 8; // 16 bytes in every type: then the mean of several reads them so
   const int64_t entry_bytes = element_bytes(type);
   const int64_t largest = *std::max_element(numels_.begin(), numels_.end());
   slot_bytes_ = (kHeaderBytes + largest * entry_bytes + kPayloadAlignment - 1) / kPayloadAlignment * kPayloadAlignment;
@@ -17,8 +18,8 @@ ShardStages::ShardStages(const Dealt& dealt, const Node& node, GradientType type
   for (const int64_t numel : numels_) {
     message_begins.push_back(begin);
     presence_from_.push_back(begin + numel);
-    message_numels_.push_back(numel + num_entries_);
-    begin += numel + num_entries_;
+    message_numels_.push_back((numel + num_entries_ + kMessageNumel - 1) / kMessageNumel * kMessageNumel);
+    begin += message_numels_.back();
   }
   for (const Dealt::Run& run : dealt.runs) {
     to_owners_.push_back({run.bucket_begin, message_begins[static_cast<size_t>(run.shard)] + run.shard_begin, run.numel});

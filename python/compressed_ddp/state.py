@@ -401,6 +401,8 @@ class TopKEFState:
         self._loaded_rank = None
         self._loaded_names = []
         self._engine.reset()
+        if self._automatic.costs is not None:
+            self._engine.use_costs(self._automatic.costs.as_tuple())
 
     # ---- checkpoints
 
@@ -490,9 +492,9 @@ class TopKEFState:
                 + ", ".join(differing),
                 stacklevel=2,
             )
-        costs = _checked_costs(state_dict) if self._exchange_name() == "auto" else None
+        costs = self._costs_to_load(state_dict)
         self._engine.load(step, list(state_dict["residuals"].items()), shard, places)
-        if costs is not None and self._automatic.costs is None:
+        if costs is not None:
             self._engine.use_costs(costs.as_tuple())
         self._loaded_rank = loaded_rank
         self._loaded_names = list(state_dict["residuals"])
@@ -510,6 +512,17 @@ class TopKEFState:
             "dense_steps": self.dense_steps,
             "min_compress_numel": self.min_compress_numel,
         }
+
+    def _costs_to_load(self, state_dict: dict[str, Any]) -> ExchangeCosts | None:
+        if self._exchange_name() != "auto" or self._automatic.costs is not None:
+            return None
+        saved, here = _checked_costs(state_dict), self.exchange_costs()
+        if saved is not None and here is not None and saved != here:
+            raise ValueError(
+                "TopKEFState.load_state_dict: this state has measured its costs (exchange='auto') and its buckets travel as they say, "
+                "but the saved state goes by others; load it before the first compressed step, or call reset() on every rank first"
+            )
+        return None if here is not None else saved
 
     def _exchange_name(self) -> str | None:
         return "auto" if isinstance(self._exchange, AutoExchange) else self._exchange

@@ -107,8 +107,8 @@ def changed_groups(
     weakref.finalize(group, kept.clear)
 
     class Changed(groups_class):
-        def __init__(self) -> None:
-            super().__init__()
+        def __init__(self, *options: Any) -> None:
+            super().__init__(*options)
             state_module.ExchangeGroups = groups_class
 
         def make(

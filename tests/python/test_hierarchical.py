@@ -175,7 +175,8 @@ def test_bytes_are_those_of_the_layouts_inside_a_node_and_between_nodes(
     for rank, seen in enumerate(pools.run(world_size, reduce_shards, run)):
         own = rank % ranks_per_node
         payload = _C.payload_bytes(*oracle.owners[own].layout.arguments, value_format)
-        others = [n + 1 for i, n in enumerate(numels) if i != own]  # and whether the tensor is used
+        # And whether the tensor is used; multiples of 8.
+        others = [-(-(n + 1) // 8) * 8 for i, n in enumerate(numels) if i != own]
         for step, of_step in enumerate(seen):
             between = (world_size // ranks_per_node - 1) * payload
             agreement = 224 * (world_size - 1) if step == 0 else 0

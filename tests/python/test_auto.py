@@ -1,0 +1,295 @@
+"""exchange="auto": dense or sparse for each bucket, by costs that rank 0 has measured."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from typing import Any
+
+import pytest
+import ranks
+import test_agreement
+import torch
+from ddp_models import SHAPES, Case, assert_same_bits, build, gradients_on, normal
+from test_exchanges import ENTRIES, WORLD_SIZES, gradient, in_pairs, residual_of
+
+from compressed_ddp import AutoExchange, ExchangeCosts, TopKEFState, all_reduce_
+from compressed_ddp._native import _C
+
+# A network on which a collective costs 1 ms and a byte 10 ns; the stages cost next to nothing.
+SLOW_NETWORK = ExchangeCosts(1e-3, 1e-8, 1e-12, 1e-12, 1e-12)
+# One on which bytes are as good as free.
+FAST_NETWORK = ExchangeCosts(1e-6, 1e-14, 1e-9, 1e-9, 1e-9)
+DENSITY = 0.01
+
+
+def predicted(
+    costs: ExchangeCosts, sparse: str, world_size: int, numel: int, itemsize: int
+) -> tuple[float, float]:
+    """docs/exchanges.md in Python: seconds sparse and dense of one tensor in scope "tensor"."""
+    k = _C.selection_k(DENSITY, numel)
+    payload = _C.payload_bytes([numel], [0], [k], "bf16")
+    ring = 2 * (world_size - 1) / world_size
+    dense = 2 * costs.latency_s + ring * numel * itemsize * costs.byte_s
+    select = numel * costs.select_entry_s
+
+    def decode(entries: float, selected: float) -> float:
+        return entries * costs.decode_entry_s + selected * costs.decode_selected_s
+
+    if sparse == "split":
+        seconds = 2 * costs.latency_s + ring * payload * costs.byte_s
+        seconds += select + decode(numel / world_size, k) + select / world_size + decode(numel, k)
+    else:
+        seconds = costs.latency_s + (world_size - 1) * payload * costs.byte_s
+        seconds += select + decode(numel, world_size * k)
+    return seconds, dense
+
+
+def choose(
+    rank: int, world_size: int, exchange: AutoExchange, numels: list[int], dtype: torch.dtype
+) -> tuple[list[dict[str, Any]], list[dict[str, float]], list[str]]:
+    state = TopKEFState(density=DENSITY, dense_steps=0, exchange=exchange)
+    for step in range(2):
+        metrics = []
+        for numel in numels:
+            name = f"t{numel}"
+            tensor = gradient("normal", numel, rank, step, numel).to(dtype)
+            all_reduce_(tensor, state, name=name)
+            metrics.append(state.metrics())
+    return state.exchange_choices(), metrics, sorted(state.state_dict()["residuals"])
+
+
+NUMELS = [2000, 20_000, 200_000]
+
+
+@in_pairs(
+    world_size=[2, 3, 4],
+    sparse=["allgather", "split", None],
+    dense=["dense", "dense_bf16", "dense_fp32"],
+    costs=[SLOW_NETWORK, FAST_NETWORK, ExchangeCosts(1e-4, 1e-8, 1e-9, 1e-9, 1e-9)],
+    dtype=[torch.float32, torch.bfloat16],
+)
+def test_a_choice_is_what_the_model_says_and_what_the_bucket_does(
+    pools: ranks.Pools,
+    world_size: int,
+    sparse: str | None,
+    dense: str,
+    costs: ExchangeCosts,
+    dtype: torch.dtype,
+) -> None:
+    exchange = AutoExchange(sparse, dense, costs)
+    itemsize = {"dense": dtype.itemsize, "dense_bf16": 2, "dense_fp32": 4}[dense]
+    outcomes = pools.run(world_size, choose, exchange, NUMELS, dtype)
+    for choices, _, residuals in outcomes:
+        assert choices == outcomes[0][0], "the same on every rank"
+        by_name = {choice["bucket"]: choice for choice in choices}
+        for numel in NUMELS:
+            seconds = predicted(costs, sparse or "allgather", world_size, numel, itemsize)
+            choice = by_name[f"t{numel}"]
+            assert (choice["sparse_s"], choice["dense_s"]) == pytest.approx(seconds, rel=1e-9)
+            is_dense = seconds[0] > 0.8 * seconds[1]
+            assert choice["exchange"] == (dense if is_dense else sparse or "allgather")
+            assert (f"t{numel}" in residuals) == (not is_dense)
+            assert choice["numel"] == numel
+
+
+def test_some_costs_make_all_dense_and_some_all_sparse(pools: ranks.Pools) -> None:
+    for costs, expected in ((SLOW_NETWORK, "allgather"), (FAST_NETWORK, "dense")):
+        for choices, metrics, _ in pools.run(
+            2, choose, AutoExchange(costs=costs), [200_000], torch.float32
+        ):
+            assert [choice["exchange"] for choice in choices] == [expected]
+            sent = metrics[0]["compressed_ddp/bytes_sent_all_reduce"]
+            assert (sent > 0) == (expected == "dense")
+
+
+def measure(rank: int, world_size: int) -> tuple[Any, Any, list[str]]:
+    said: list[str] = []
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logger = logging.getLogger("compressed_ddp")
+    handler = Notes()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        state = TopKEFState(density=0.1, dense_steps=0, exchange="auto")
+        assert state.exchange_costs() is None
+        all_reduce_(torch.ones(5000), state, name="w")
+    finally:
+        logger.removeHandler(handler)
+    return state.exchange_costs(), state.exchange_choices(), said
+
+
+@WORLD_SIZES
+def test_rank_0_measures_and_all_ranks_go_by_it(pools: ranks.Pools, world_size: int) -> None:
+    outcomes = pools.run(world_size, measure)
+    for rank, (costs, choices, said) in enumerate(outcomes):
+        assert costs == outcomes[0][0] and choices == outcomes[0][1]
+        assert len(choices) == 1
+        # Wide: a loaded machine, but seconds are not milliseconds, and nothing is made up.
+        assert 1e-6 < costs.latency_s < 1 and 1e-12 < costs.byte_s < 1e-5
+        assert 1e-11 < costs.select_entry_s < 1e-6
+        if rank == 0:
+            assert len(said) == 2
+            assert "has measured" in said[0]
+            assert f"travels by {choices[0]['exchange']}" in said[1]
+        else:
+            assert said == []
+
+
+# ---- DDP and checkpoints
+
+
+def auto_case(entry: str, costs: ExchangeCosts, steps: int = 6, **state: Any) -> Case:
+    return Case(
+        entry, steps, gradients_of=normal, state={"exchange": AutoExchange(costs=costs), **state}
+    )
+
+
+def train_from(
+    rank: int, world_size: int, case: Case, begin: int, saved: list[dict[str, Any]] | None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    model, state = build(case)
+    if saved is not None:
+        state.load_state_dict(saved[rank])
+    gradients = []
+    for step in range(begin, case.steps):
+        model.zero_grad()
+        model(case.gradients(rank, step)).backward()
+        gradients.append(gradients_on(model))
+    return gradients, copy.deepcopy(state.state_dict())
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize(("costs", "like"), [(SLOW_NETWORK, "allgather"), (FAST_NETWORK, "dense")])
+def test_a_model_trains_as_with_the_exchange_that_was_chosen(
+    pools: ranks.Pools, entry: str, costs: ExchangeCosts, like: str
+) -> None:
+    case = auto_case(entry, costs)
+    same = dataclasses.replace(case, state={"exchange": like})
+    for (ours, _), (theirs, _) in zip(
+        pools.run(2, train_from, case, 0, None), pools.run(2, train_from, same, 0, None)
+    ):
+        for one, other in zip(ours, theirs, strict=True):
+            for name in SHAPES:
+                assert_same_bits(one[name], other[name], name)
+
+
+def test_a_resumed_run_goes_by_the_saved_costs(pools: ranks.Pools) -> None:
+    """Whatever it would measure now."""
+    given = auto_case("python", SLOW_NETWORK, 7)
+    measuring = dataclasses.replace(given, state={"exchange": "auto"})
+    half = pools.run(2, train_from, dataclasses.replace(given, steps=4), 0, None)
+    whole = pools.run(2, train_from, given, 0, None)
+    resumed = pools.run(2, train_from, measuring, 4, [saved for _, saved in half])
+    for (ours, our_state), (theirs, their_state) in zip(resumed, whole):
+        for saved in (our_state["auto"], their_state["auto"]):
+            assert saved["costs"] == dataclasses.asdict(SLOW_NETWORK)
+            assert {choice["exchange"] for choice in saved["choices"]} == {"allgather"}
+        for one, other in zip(ours, theirs[4:], strict=True):
+            for name in SHAPES:
+                assert_same_bits(one[name], other[name], name)
+
+
+def reduce_with_changing_costs(rank: int, world_size: int) -> tuple[str, str, torch.Tensor]:
+    """Compressed at first; then the state is loaded into one for which dense would be cheaper."""
+    slow = TopKEFState(density=DENSITY, dense_steps=0, exchange=AutoExchange(costs=SLOW_NETWORK))
+    numel = 50_000
+    total = torch.zeros(numel, dtype=torch.float64)
+    tensor = gradient("integers", 0, rank, 0, numel)
+    total -= tensor.double()
+    total += 2 * all_reduce_(tensor, slow, name="w").double() / world_size
+    fast = TopKEFState(density=DENSITY, dense_steps=0, exchange=AutoExchange(costs=FAST_NETWORK))
+    fast.load_state_dict(slow.state_dict())
+    tensor = gradient("integers", 0, rank, 1, numel)
+    total -= tensor.double()
+    total += 2 * all_reduce_(tensor, fast, name="w").double() / world_size
+    total += residual_of(fast, numel).double()
+    first, second = (state.exchange_choices()[0]["exchange"] for state in (slow, fast))
+    return first, second, total
+
+
+def test_parameters_with_residuals_never_become_dense(pools: ranks.Pools) -> None:
+    """What they hold would never be sent."""
+    outcomes = pools.run(2, reduce_with_changing_costs)
+    assert all((first, second) == ("allgather", "allgather") for first, second, _ in outcomes)
+    assert not sum(total for *_, total in outcomes).any(), "nothing is lost"
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: AutoExchange(sparse="hierarchical"), "sparse must be None or one of"),
+        (lambda: AutoExchange(dense="fp16"), "dense must be one of"),
+        (lambda: AutoExchange(costs=(1.0,)), "costs must be None or ExchangeCosts"),
+        (lambda: ExchangeCosts(0.0, 1.0, 1.0, 1.0, 1.0), "latency_s must be a positive number"),
+        (lambda: ExchangeCosts(1.0, float("nan"), 1.0, 1.0, 1.0), "byte_s must be a positive"),
+        (lambda: ExchangeCosts(1.0, 1.0, True, 1.0, 1.0), "select_entry_s must be a positive"),
+    ],
+)
+def test_wrong_values_are_refused_in_words(make: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_damaged_costs_in_a_state_are_refused() -> None:
+    state = TopKEFState(exchange="auto")
+    saved = {**state.state_dict(), "auto": {"costs": {"latency_s": 1.0}}}
+    with pytest.raises(TypeError, match="auto is not as it was saved"):
+        state.load_state_dict(saved)
+
+
+def test_ranks_of_which_one_chooses_disagree_in_words(pools: ranks.Pools) -> None:
+    """Before anything is measured."""
+    options = [{"density": 0.05, "exchange": exchange} for exchange in ("auto", "allgather")]
+    outcomes = pools.run(2, test_agreement.disagree_about_options, "python", options, [None] * 2)
+    case = Case(steps=3, state=test_agreement.FRESH)
+    words = "exchange: rank 0 has auto, rank 1 has allgather"
+    test_agreement.assert_clear_and_harmless(outcomes, case, words)
+
+
+def reduce_by_costs_of_rank(rank: int, world_size: int) -> str:
+    costs = dataclasses.replace(SLOW_NETWORK, latency_s=1e-3 * (rank + 1))
+    state = TopKEFState(density=0.1, dense_steps=0, exchange=AutoExchange(costs=costs))
+    try:
+        all_reduce_(torch.ones(2000), state, name="w")
+        return ""
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_ranks_with_other_costs_disagree_in_words(pools: ranks.Pools) -> None:
+    for message in pools.run(2, reduce_by_costs_of_rank):
+        assert "costs of exchange='auto'" in message
+
+
+def load_behind_measurements(rank: int, world_size: int) -> tuple[str, str]:
+    state = TopKEFState(density=0.1, dense_steps=0, exchange="auto")
+    saved = {
+        **state.state_dict(),
+        "step": 3,
+        "auto": {"costs": dataclasses.asdict(SLOW_NETWORK), "choices": []},
+    }
+    all_reduce_(torch.ones(2000), state, name="w")
+    try:
+        state.load_state_dict(saved)
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    state.reset()
+    state.load_state_dict(saved)
+    all_reduce_(torch.ones(2000), state, name="w")
+    return message, state.exchange_choices()[0]["exchange"]
+
+
+def test_costs_are_not_exchanged_in_the_middle_of_a_run(pools: ranks.Pools) -> None:
+    for message, exchange in pools.run(2, load_behind_measurements):
+        assert "goes by others; load it before the first compressed step" in message
+        assert exchange in ("allgather", "dense")
