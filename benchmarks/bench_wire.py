@@ -2,8 +2,8 @@
 
     sudo python benchmarks/bench_wire.py
 
-ResNet-50's gradients (random numbers in the real layout) in DDP's buckets of 25 MiB, averaged in the five
-ways of exchange_arms.py; for PyTorch's own hooks the bytes are compared with the formula of a ring
+ResNet-50's gradients (random numbers in the real layout) in DDP's buckets of 25 MiB, averaged in the
+ways of exchange_arms.py (hierarchical: two nodes, and what moves inside them counts); for PyTorch's own hooks the bytes are compared with the formula of a ring
 all-reduce.
 
 Every rank runs in a network namespace of its own, connected by one veth pair to a bridge in one more
@@ -47,7 +47,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from exchange_arms import ARMS, EXCHANGES, make_arms, shapes_of
+from exchange_arms import ARMS, EXCHANGES, HIERARCHICAL, make_arms, shapes_of
 from timing import RESULTS, goal, system_metadata, write
 
 WARM_UP_STEPS = (
@@ -357,7 +357,7 @@ def count(ranks: list[Rank]) -> list[dict[str, int]]:
 def show(row: dict[str, Any]) -> None:
     """Print one row."""
     print(
-        f"{row['ranks']} ranks, {row['arm']:<10} counted {row['counted_bytes_per_step']:>11,} B/step, sent "
+        f"{row['ranks']} ranks, {row['arm']:<12} counted {row['counted_bytes_per_step']:>11,} B/step, sent "
         f"{row['sent_bytes_per_step']:>11,} B/step: {row['difference_percent']:+.3f} % (worst rank "
         f"{row['worst_rank_percent']:+.3f} %); with headers {row['frame_bytes_per_step']:,} B in "
         f"{row['packets_per_step']:,.0f} packets; {row['retransmitted_segments']} retransmitted",
@@ -376,7 +376,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, HIERARCHICAL), default=(*ARMS, HIERARCHICAL))
     parser.add_argument("--layout", choices=["resnet50", "short"], default="resnet50")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--density", type=float, default=0.01)

@@ -1,10 +1,11 @@
-"""What bench_wire and bench_wire_time compare: five ways to average one model's gradients over the ranks.
+"""What bench_wire and bench_wire_time compare: ways to average one model's gradients over the ranks.
 
     dense          PyTorch's allreduce_hook: float32
     fp16           PyTorch's fp16_compress_hook
     PowerSGD       PyTorch's powerSGD_hook, rank 1, in one bucket (over Gloo with several buckets it aborts)
     allgather      topk_ef_hook, exchange="allgather"
     split          topk_ef_hook, exchange="split"
+    hierarchical   topk_ef_hook, exchange="hierarchical", as if the ranks were two nodes (bench_wire only: here all links are alike)
 
 The buckets are DDP's own: a hook catches them in the second backward pass, when DDP has rebuilt them. A
 step then puts gradients into them, hands all of them to the arm's hook in DDP's order, and waits for the
@@ -26,8 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 import compressed_ddp
 
 DENSE, FP16, POWER_SGD, ALL_GATHER, SPLIT = "dense", "fp16", "PowerSGD", "allgather", "split"
+HIERARCHICAL = "hierarchical"
 ARMS = (DENSE, FP16, POWER_SGD, ALL_GATHER, SPLIT)
-EXCHANGES = (ALL_GATHER, SPLIT)
+EXCHANGES = (ALL_GATHER, SPLIT, HIERARCHICAL)  # those of this package
 SHORT = [(10,), (10, 512), (512,), (512, 512), (512,), (512, 784)][::-1]  # for tests
 POWER_SGD_RANK = 1
 POWER_SGD_START = 2  # dense steps before it, the fewest that it accepts with error feedback
@@ -106,7 +108,10 @@ class Arm:
         self.state: Any = None
         self.hook: Callable[[Any, Any], torch.futures.Future[torch.Tensor]]
         if name in EXCHANGES:
-            self.state = compressed_ddp.TopKEFState(density=density, exchange=name, dense_steps=0)
+            ranks_per_node = max(1, dist.get_world_size() // 2) if name == HIERARCHICAL else None
+            self.state = compressed_ddp.TopKEFState(
+                density=density, exchange=name, ranks_per_node=ranks_per_node, dense_steps=0
+            )
             self.hook = compressed_ddp.topk_ef_hook
         elif name == POWER_SGD:
             self.state = power_sgd.PowerSGDState(
@@ -134,7 +139,9 @@ class Arm:
     def bytes_sent(self, world_size: int) -> tuple[float, str]:
         """Return what this rank puts on the network in a step, and where that number comes from."""
         if self.name in EXCHANGES:
-            return self.state.metrics()["compressed_ddp/bytes_sent"], "metrics()"
+            metrics = self.state.metrics()
+            in_node = metrics["compressed_ddp/bytes_sent_in_node"]
+            return metrics["compressed_ddp/bytes_sent"] + in_node, "metrics()"
         ring = 2 * (world_size - 1) / world_size
         if self.name != POWER_SGD:
             width = 4 if self.name == DENSE else 2
