@@ -376,7 +376,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--arms", nargs="+", choices=(*ARMS, HIERARCHICAL), default=(*ARMS, HIERARCHICAL))
+    parser.add_argument(
+        "--arms", nargs="+", choices=(*ARMS, HIERARCHICAL), default=(*ARMS, HIERARCHICAL)
+    )
     parser.add_argument("--layout", choices=["resnet50", "short"], default="resnet50")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--density", type=float, default=0.01)

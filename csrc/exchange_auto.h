@@ -14,11 +14,11 @@ namespace compressed_ddp {
 
 // Of this process group and these devices; times in seconds. All positive.
 struct ExchangeCosts {
-  double latency_s;          // of one collective
-  double byte_s;             // of a byte that a rank sends, in a large one
-  double select_entry_s;     // compensate_select_ and encode, per entry of the bucket
-  double decode_entry_s;     // decode_apply_, per entry of the bucket
-  double decode_selected_s;  // and per selected entry of every payload
+  double latency_s;         // of one collective
+  double byte_s;            // of a byte that a rank sends, in a large one
+  double select_entry_s;    // compensate_select_ and encode, per entry of the bucket
+  double decode_entry_s;    // decode_apply_, per entry of the bucket
+  double decode_selected_s; // and per selected entry of every payload
 };
 
 struct BucketSize {
@@ -47,8 +47,7 @@ inline Prediction predict(const ExchangeCosts& costs, ExchangeKind sparse, int64
     prediction.sparse_s = 2 * costs.latency_s + ring * payload * costs.byte_s + n * costs.select_entry_s + decode(n / ranks, k) +
                           n / ranks * costs.select_entry_s + decode(n, k);
   else
-    prediction.sparse_s =
-        costs.latency_s + (ranks - 1) * payload * costs.byte_s + n * costs.select_entry_s + decode(n, ranks * k);
+    prediction.sparse_s = costs.latency_s + (ranks - 1) * payload * costs.byte_s + n * costs.select_entry_s + decode(n, ranks * k);
   return prediction;
 }
 

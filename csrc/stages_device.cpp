@@ -91,7 +91,9 @@ StageSums StagesDevice::compensate_select_and_encode(const void* gradient, Gradi
 bool StagesDevice::decode_apply(const Received& received, void* bucket, GradientType type) {
   const PayloadHeader expected = make_header(layout(), static_cast<uint32_t>(received.senders.first_rank),
                                              static_cast<uint32_t>(received.senders.world_size), received.step, false);
-  cuda::decode_apply(device_plan_, {received.payloads, static_cast<int32_t>(received.count), bucket, type, expected, report_->status()},
+  cuda::decode_apply(device_plan_,
+                     {received.payloads, static_cast<int32_t>(received.count), bucket, type, expected, report_->status(),
+                      static_cast<uint32_t>(received.senders.rank_stride)},
                      stream_);
   report_->copy_to_host(stream_);
   return false;

@@ -121,7 +121,8 @@ def _collectives(process_group: dist.ProcessGroup, device: torch.device) -> tupl
     if spread == 0:  # one rank: nothing is sent
         return max(mean_y, 1e-9), 1e-15
     slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(sent_bytes, seconds)) / spread
-    slope = max(slope, 1e-15)
+    if slope <= 0:  # a loaded machine: rather too much than nothing
+        slope = seconds[-1] / sent_bytes[-1]
     # Large sizes say little of the latency: what the smallest took beside its bytes.
     return max(seconds[0] - slope * sent_bytes[0], 1e-9), slope
 
