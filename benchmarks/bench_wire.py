@@ -3,8 +3,8 @@
     sudo python benchmarks/bench_wire.py
 
 ResNet-50's gradients (random numbers in the real layout) in DDP's buckets of 25 MiB, averaged in the
-ways of exchange_arms.py (hierarchical: two nodes, and what moves inside them counts); for PyTorch's own hooks the bytes are compared with the formula of a ring
-all-reduce.
+ways of exchange_arms.py (hierarchical: two nodes, and what moves inside them counts); for PyTorch's own
+hooks the bytes are compared with the formula of a ring all-reduce.
 
 Every rank runs in a network namespace of its own, connected by one veth pair to a bridge in one more
 namespace; nothing of the machine's own network is touched, and the namespaces are removed at the end,
