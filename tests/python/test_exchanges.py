@@ -473,10 +473,12 @@ def check_cell(records: list[Record], case: Case) -> None:
                 )
 
 
-def assert_equals_hierarchical_oracle(records: list[Record], case: Case) -> None:
-    """Results bit for bit in every step, and at the end the shards put together."""
+def hierarchical_steps(
+    case: Case, world_size: int, buckets: list[list[list[str]]]
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """buckets: names by step and bucket -> averages by step, and at the end the residuals of the nodes, both by name and flat."""
     options = case.options()
-    world_size, ranks_per_node = len(records), options["ranks_per_node"]
+    ranks_per_node = options["ranks_per_node"]
 
     def is_dense(name: str) -> bool:
         return len(case.shapes[name]) <= 1 or math.prod(case.shapes[name]) < 1024
@@ -486,35 +488,45 @@ def assert_equals_hierarchical_oracle(records: list[Record], case: Case) -> None
         {name: torch.zeros(numel) for name, numel in numels.items()}
         for _ in range(world_size // ranks_per_node)
     ]
-    for step in range(case.steps):
+    averages: list[dict[str, Tensor]] = []
+    for step, of_step in enumerate(buckets):
         given = [case.gradients(rank, step) for rank in range(world_size)]
-        for names in records[0].buckets[step]:
+        averages.append({})
+        for names in of_step:
             oracle = contracts.HierarchicalOracle(
                 world_size,
                 ranks_per_node,
                 [[(numels[name], is_dense(name))] for name in names],
-                scope=options["scope"],
+                scope=options.get("scope", "tensor"),
                 density=options["density"],
-                value_format=options["value_format"],
+                value_format=options.get("value_format", "bf16"),
             )
             sizes = [numels[name] for name in names]
             oracle.take_node_residuals(
                 [torch.cat([residuals[name] for name in names]) for residuals in kept]
             )
-            expected = oracle.step(
+            average = oracle.step(
                 [torch.cat([gradients[n].reshape(-1) for n in names]) for gradients in given]
             )
+            averages[-1].update(zip(names, average.split(sizes)))
             for residuals, node in zip(kept, oracle.node_residuals()):
                 residuals.update(zip(names, node.split(sizes)))
-            for rank, record in enumerate(records):
-                for name, part in zip(names, expected.split(sizes)):
-                    got = record.gradients[step][name].reshape(-1)
-                    assert_same_bits(got + 0, part + 0, f"{name} on rank {rank}, step {step}")
+    return averages, kept
+
+
+def assert_equals_hierarchical_oracle(records: list[Record], case: Case) -> None:
+    """Results bit for bit in every step, and at the end the shards put together."""
+    ranks_per_node = case.options()["ranks_per_node"]
+    averages, kept = hierarchical_steps(case, len(records), records[0].buckets)
     for rank, record in enumerate(records):
+        for step, expected in enumerate(averages):
+            for name, average in expected.items():
+                got = record.gradients[step][name].reshape(-1)
+                assert_same_bits(got + 0, average + 0, f"{name} on rank {rank}, step {step}")
         for name, residual in record.residuals.items():
-            shard = contracts.shard_of(numels[name], rank % ranks_per_node, ranks_per_node)
-            expected_kept = kept[rank // ranks_per_node][name][shard]
-            assert_same_bits(residual + 0, expected_kept + 0, f"residual of {name} on rank {rank}")
+            whole = kept[rank // ranks_per_node][name]
+            shard = contracts.shard_of(whole.numel(), rank % ranks_per_node, ranks_per_node)
+            assert_same_bits(residual + 0, whole[shard] + 0, f"residual of {name} on rank {rank}")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
+import signal
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -28,12 +30,15 @@ from test_exchanges import (
     DelayOf,
     Run,
     Seen,
+    die,
     figures,
     gradient,
+    hierarchical_steps,
     in_pairs,
     reduce_steps,
+    train_until,
 )
-from test_failures import failing
+from test_failures import VICTIM, failing
 from torch import Tensor
 
 from compressed_ddp import TopKEFState, all_reduce_, all_reduce_gradients
@@ -614,3 +619,37 @@ def test_a_damaged_payload_between_nodes_is_refused_by_every_rank_that_it_reache
             gradient("integers", 0, first, 1, 4000) + gradient("integers", 0, first + 1, 1, 4000)
         )[shard] / 2
         assert_same_bits(after + 0, before + mean + 0, "nothing is lost")
+
+
+@needs_python_groups
+def test_a_rank_killed_between_two_collectives_gives_words_and_nothing_is_lost() -> None:
+    """At its node's payload. A rank that waits for one that has failed hears of it after the group's timeout."""
+    case = Case(
+        "python",
+        3,
+        gradients_of=integers,
+        state={"exchange": "hierarchical", "ranks_per_node": 2, "dense_steps": 0},
+        ddp={"gradient_as_bucket_view": True},
+    )
+    outcomes = ranks.run(
+        4,
+        train_until,
+        case,
+        Between(),
+        Between(before_all_gather=die),
+        allow_death=True,
+        group_timeout_s=4.0,
+    )
+    assert outcomes[VICTIM] == ranks.Died(-signal.SIGKILL)
+    for rank in (0, 2, 3):
+        failed, after, buckets = outcomes[rank]
+        assert "failed at step 3" in failed.message and f"on rank {rank} of 4" in failed.message
+        assert "another rank has died or is stalled" in failed.message
+        assert failed.seconds < 12 and after.message != ""
+        _, kept = hierarchical_steps(case, 4, buckets)
+        node = [case.gradients(r, 3) for r in (rank // 2 * 2, rank // 2 * 2 + 1)]
+        for name, residual in failed.residuals.items():
+            shard = contracts.shard_of(math.prod(SHAPES[name]), rank % 2, 2)
+            mean = sum(gradients[name].reshape(-1)[shard] for gradients in node) / 2
+            expected = kept[rank // 2][name][shard] + mean
+            assert_same_bits(residual + 0, expected + 0, f"{name} on rank {rank}")
