@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from typing import Any
@@ -11,8 +10,15 @@ import pytest
 import ranks
 import test_agreement
 import torch
-from ddp_models import SHAPES, Case, assert_same_bits, build, gradients_on, normal
-from test_exchanges import ENTRIES, WORLD_SIZES, gradient, in_pairs, residual_of
+from ddp_models import SHAPES, Case, assert_same_bits, normal
+from test_exchanges import (
+    ENTRIES,
+    WORLD_SIZES,
+    gradient,
+    in_pairs,
+    residual_of,
+    train_from,
+)
 
 from compressed_ddp import AutoExchange, ExchangeCosts, TopKEFState, all_reduce_
 from compressed_ddp._native import _C
@@ -150,20 +156,6 @@ def auto_case(entry: str, costs: ExchangeCosts, steps: int = 6, **state: Any) ->
     )
 
 
-def train_from(
-    rank: int, world_size: int, case: Case, begin: int, saved: list[dict[str, Any]] | None
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    model, state = build(case)
-    if saved is not None:
-        state.load_state_dict(saved[rank])
-    gradients = []
-    for step in range(begin, case.steps):
-        model.zero_grad()
-        model(case.gradients(rank, step)).backward()
-        gradients.append(gradients_on(model))
-    return gradients, copy.deepcopy(state.state_dict())
-
-
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize(("costs", "like"), [(SLOW_NETWORK, "allgather"), (FAST_NETWORK, "dense")])
 def test_a_model_trains_as_with_the_exchange_that_was_chosen(
@@ -171,10 +163,10 @@ def test_a_model_trains_as_with_the_exchange_that_was_chosen(
 ) -> None:
     case = auto_case(entry, costs)
     same = dataclasses.replace(case, state={"exchange": like})
-    for (ours, _), (theirs, _) in zip(
+    for ours, theirs in zip(
         pools.run(2, train_from, case, 0, None), pools.run(2, train_from, same, 0, None)
     ):
-        for one, other in zip(ours, theirs, strict=True):
+        for one, other in zip(ours.gradients, theirs.gradients, strict=True):
             for name in SHAPES:
                 assert_same_bits(one[name], other[name], name)
 
@@ -185,12 +177,12 @@ def test_a_resumed_run_goes_by_the_saved_costs(pools: ranks.Pools) -> None:
     measuring = dataclasses.replace(given, state={"exchange": "auto"})
     half = pools.run(2, train_from, dataclasses.replace(given, steps=4), 0, None)
     whole = pools.run(2, train_from, given, 0, None)
-    resumed = pools.run(2, train_from, measuring, 4, [saved for _, saved in half])
-    for (ours, our_state), (theirs, their_state) in zip(resumed, whole):
-        for saved in (our_state["auto"], their_state["auto"]):
+    resumed = pools.run(2, train_from, measuring, 4, [run.saved for run in half])
+    for ours, theirs in zip(resumed, whole):
+        for saved in (ours.saved["auto"], theirs.saved["auto"]):
             assert saved["costs"] == dataclasses.asdict(SLOW_NETWORK)
             assert {choice["exchange"] for choice in saved["choices"]} == {"allgather"}
-        for one, other in zip(ours, theirs[4:], strict=True):
+        for one, other in zip(ours.gradients, theirs.gradients[4:], strict=True):
             for name in SHAPES:
                 assert_same_bits(one[name], other[name], name)
 

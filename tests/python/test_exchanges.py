@@ -1012,16 +1012,18 @@ class DelayOf:
 
 
 def reduce_at_once(
-    rank: int, world_size: int, seed: int, delayed: bool
+    rank: int, world_size: int, run: Run, delayed: bool
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Several tensors at a time; delayed: each all-to-all is late, in another order on every rank."""
     group = None
     if delayed:
-        group = changed_groups(Between(delay_all_to_all=DelayOf(rank)), Between())
-    state = Run("normal", seed).state(group)
+        late = DelayOf(rank)
+        group = changed_groups(Between(delay_all_to_all=late), Between(delay_all_to_all=late))
+    state = run.state(group)
     results = []
-    for step in range(5):
+    for step in range(run.steps):
         tensors = {
-            name: gradient("normal", seed + i, rank, step, 500 * (1 + i))
+            name: gradient("normal", run.seed + i, rank, step, 500 * (1 + i))
             for i, name in enumerate(NAMES)
         }
         futures = [all_reduce_(t, state, name=n, async_op=True) for n, t in tensors.items()]
@@ -1031,18 +1033,22 @@ def reduce_at_once(
     return results, state.state_dict()["residuals"]
 
 
-@needs_python_groups
-def test_buckets_that_come_to_their_second_collective_in_another_order_on_each_rank_give_the_same(
-    pools: ranks.Pools, seed: int
-) -> None:
-    on_time = pools.run(3, reduce_at_once, seed, False)
-    delayed = pools.run(3, reduce_at_once, seed, True)
+def assert_delays_change_nothing(pools: ranks.Pools, world_size: int, run: Run) -> None:
+    on_time = pools.run(world_size, reduce_at_once, run, False)
+    delayed = pools.run(world_size, reduce_at_once, run, True)
     for (results, residuals), (expected, expected_residuals) in zip(delayed, on_time):
         for name in NAMES:
             assert_same_bits(residuals[name], expected_residuals[name], name)
             for tensors, expected_tensors, replica in zip(results, expected, on_time[0][0]):
                 assert_same_bits(tensors[name], expected_tensors[name], name)
                 assert_same_bits(tensors[name], replica[name], name)
+
+
+@needs_python_groups
+def test_buckets_that_come_to_their_second_collective_in_another_order_on_each_rank_give_the_same(
+    pools: ranks.Pools, seed: int
+) -> None:
+    assert_delays_change_nothing(pools, 3, Run("normal", seed, 5))
 
 
 def reduce_in_two_groups(

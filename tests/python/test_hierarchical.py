@@ -18,24 +18,24 @@ import stand_in
 import test_agreement
 import torch
 from contracts import HierarchicalOracle
-from ddp_models import SHAPES, Case, assert_same_bits, build, gradients_on, integers, normal, train
+from ddp_models import SHAPES, Case, assert_same_bits, integers, normal, train
 from process_groups import Between, changed_groups, needs_python_groups
 from stage_cases import VALUE_FORMATS
 from test_exchanges import (
     DENSITY,
     ENTRIES,
     MIN_COMPRESS_NUMEL,
-    NAMES,
     SCOPES,
-    DelayOf,
     Run,
     Seen,
+    assert_delays_change_nothing,
     die,
     figures,
     gradient,
     hierarchical_steps,
     in_pairs,
     reduce_steps,
+    train_from,
     train_until,
 )
 from test_failures import VICTIM, failing
@@ -356,20 +356,6 @@ def test_rollback_gives_back_what_a_step_took(pools: ranks.Pools, seed: int) -> 
 # ---- checkpoints
 
 
-def train_from(
-    rank: int, world_size: int, case: Case, begin: int, saved: list[dict[str, Any]] | None
-) -> tuple[list[dict[str, Tensor | None]], dict[str, Any]]:
-    model, state = build(case)
-    if saved is not None:
-        state.load_state_dict(saved[rank])
-    gradients = []
-    for step in range(begin, case.steps):
-        model.zero_grad()
-        model(case.gradients(rank, step)).backward()
-        gradients.append(gradients_on(model))
-    return gradients, copy.deepcopy(state.state_dict())
-
-
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     pools: ranks.Pools, entry: str
@@ -378,8 +364,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     case = hierarchical_case(entry, 7, gradients_of=normal, state={"value_format": "bf16"})
     whole = pools.run(4, train_from, case, 0, None)
     half = pools.run(4, train_from, dataclasses.replace(case, steps=4), 0, None)
-    resumed = pools.run(4, train_from, case, 4, [saved for _, saved in half])
-    for rank, ((ours, our_state), (theirs, their_state)) in enumerate(zip(resumed, whole)):
+    resumed = pools.run(4, train_from, case, 4, [run.saved for run in half])
+    for rank, (our_run, their_run) in enumerate(zip(resumed, whole)):
+        our_state, their_state = our_run.saved, their_run.saved
         assert {**our_state, "residuals": None} == {**their_state, "residuals": None}
         assert our_state["shard"]["index"] == rank % 2 and our_state["shard"]["count"] == 2
         assert our_state["shard"]["ranks"] == [rank // 2 * 2, rank // 2 * 2 + 1]
@@ -387,7 +374,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
             place = our_state["shard"]["places"][name]
             assert residual.shape == (place["end"] - place["begin"],)
             assert_same_bits(our_state["residuals"][name], residual, name)
-        for one, other in zip(ours, theirs[4:], strict=True):
+        for one, other in zip(our_run.gradients, their_run.gradients[4:], strict=True):
             for name in SHAPES:
                 assert_same_bits(one[name], other[name], name)
 
@@ -544,35 +531,11 @@ def test_ranks_of_which_one_is_hierarchical_disagree_in_words(pools: ranks.Pools
 # ---- order and failures
 
 
-def reduce_at_once(rank: int, world_size: int, seed: int, delayed: bool) -> list[dict[str, Tensor]]:
-    group = None
-    if delayed:
-        # Of every group that the state makes: inside the node and between nodes.
-        group = changed_groups(Between(), Between(delay_all_to_all=DelayOf(rank)))
-    state = Run("normal", seed, options=options_of(2)).state(group)
-    results = []
-    for step in range(4):
-        tensors = {
-            name: gradient("normal", seed + i, rank, step, 500 * (1 + i))
-            for i, name in enumerate(NAMES)
-        }
-        futures = [all_reduce_(t, state, name=n, async_op=True) for n, t in tensors.items()]
-        for future in futures:
-            future.wait()
-        results.append(tensors)
-    return results
-
-
 @needs_python_groups
 def test_buckets_that_overtake_each_other_between_collectives_give_the_same(
     pools: ranks.Pools, seed: int
 ) -> None:
-    on_time = pools.run(4, reduce_at_once, seed, False)
-    delayed = pools.run(4, reduce_at_once, seed, True)
-    for results, expected in zip(delayed, on_time):
-        for tensors, expected_tensors in zip(results, expected):
-            for name in NAMES:
-                assert_same_bits(tensors[name], expected_tensors[name], name)
+    assert_delays_change_nothing(pools, 4, Run("normal", seed, 4, options=options_of(2)))
 
 
 def damage_slot(payload: Tensor) -> Tensor:
