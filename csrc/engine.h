@@ -152,6 +152,7 @@ class Engine {
   void check_not_captured(const char* what) const;
   StageMaker stages_on_device(c10::Device device, GradientType type, const std::shared_ptr<DeviceReport>& report);
   std::shared_ptr<DeviceReport> new_report(c10::Device device);
+  void give_report(Bucket& bucket, c10::Device device);
   std::string take_reports();
   void clear_reports();
   void settle_device(bool all);
@@ -179,6 +180,8 @@ class Engine {
   bool repeats(const Request& request) const; // it begins a new step
   std::shared_ptr<Bucket> find_bucket(const Request& request) const;
   std::shared_ptr<Bucket> bucket_of(const Request& request);
+  bool has_residuals(const Bucket& bucket) const;
+  void check_no_residual_becomes_dense(const std::vector<std::pair<std::string, at::Tensor>>& residuals) const;
   double density_of_current_step();
   void agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& process_group, c10::Device device);
   void wait_until_idle();
@@ -196,6 +199,7 @@ class Engine {
   c10::weak_intrusive_ptr<c10d::ProcessGroup> process_group_;
   std::map<bool, Groups> groups_;      // by whether the CUDA stages run; those that are no process_group_ belong to whoever made them
   int64_t ranks_per_node_ = 0;         // hierarchical: as soon as it is known
+  bool costs_are_measured_ = false;    // for this process group
   std::optional<ExchangeCosts> costs_; // auto: as soon as they are known
   std::map<uint64_t, ExchangeChoice> choices_; // auto: by identity of the bucket
   LaunchOrders launch_orders_;

@@ -4,6 +4,9 @@
 // In the steady state the host waits for nothing (with NCCL; Gloo reads device memory through the host and waits for itself). What
 // the host would want to know, the device reports later: a damaged payload at the next call, a bad step as a flag in device memory
 // that decides there, at the beginning of the next step, whether what was sent comes back.
+#include <ATen/ops/all.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/isfinite.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/util/Exception.h>
 
@@ -86,10 +89,7 @@ void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
   TORCH_CHECK(!bucket->captured || bucket->is_prepared(plan),
               "compressed_ddp: a CUDA graph holds the buffers of the bucket that begins with '", bucket->name(),
               "', but they would have to change for another world size; use a new TopKEFState, and capture again");
-  if (bucket->report == nullptr) {
-    if (!bucket->is_independent() && device_report_ == nullptr) device_report_ = new_report(request.buffer.device());
-    bucket->report = bucket->is_independent() ? new_report(request.buffer.device()) : device_report_;
-  }
+  give_report(*bucket, request.buffer.device());
   if (!bucket->is_prepared(plan))
     bucket->prepare(plan, residuals_, stages_on_device(request.buffer.device(), bucket->key().type, bucket->report));
   bucket->begin(request.buffer, request.unused, step_);
@@ -142,6 +142,8 @@ StageMaker Engine::stages_on_device(c10::Device device, GradientType type, const
 void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group) {
   agree(bucket, process_group, request.buffer.device());
   at::Tensor buffer = request.buffer;
+  const bool beside_sparse = !is_dense_step(); // engine_exchange.cpp
+  if (beside_sparse) give_report(*bucket, buffer.device());
   try {
     device_stream_->run([&] {
       note_dense(bucket, request, process_group.getSize());
@@ -149,6 +151,10 @@ void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Reques
           buffer.div_(process_group.getSize()).to(dense_type(bucket->key().type)); // before the sum, so that fp16 does not overflow
       start_all_reduce(process_group, sent)->wait();
       if (!sent.is_same(buffer)) buffer.copy_(sent);
+      if (!beside_sparse) return;
+      const at::Tensor bad = at::isfinite(buffer).all().logical_not().to(at::kInt).reshape({1});
+      auto* flag = const_cast<uint32_t*>(bucket->report->step_is_bad());
+      at::from_blob(flag, {1}, bad.options()).bitwise_or_(bad);
     });
   } catch (const std::exception& error) {
     std::rethrow_exception(failed_exchange({bucket, step_, process_group.getRank(), process_group.getSize()}, error));
@@ -156,6 +162,12 @@ void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Reques
 }
 
 // ---- what the device has found out
+
+void Engine::give_report(Bucket& bucket, c10::Device device) {
+  if (bucket.report != nullptr) return;
+  if (!bucket.is_independent() && device_report_ == nullptr) device_report_ = new_report(device);
+  bucket.report = bucket.is_independent() ? new_report(device) : device_report_;
+}
 
 std::shared_ptr<DeviceReport> Engine::new_report(c10::Device device) {
   for (const auto& report : reports_) {

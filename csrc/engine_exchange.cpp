@@ -1,5 +1,7 @@
 // The engine on the CPU: one bucket through its exchange, begun by the hook and finished on threads of the process group.
 // engine_device.cpp is the same on a device, where all of it is enqueued at once.
+#include <ATen/ops/all.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <c10/util/Exception.h>
 
@@ -240,9 +242,11 @@ void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& 
   run->start = [group = c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group), sent](int) mutable {
     return start_all_reduce(*group.lock(), sent);
   };
-  run->finish = [buffer, sent](int) mutable {
+  // Beside sparse buckets the optimizer skips their step, too. Where all buckets are dense, nothing was sent that could come back.
+  const bool beside_sparse = !is_dense_step();
+  run->finish = [buffer, sent, beside_sparse](int) mutable {
     if (!sent.is_same(buffer)) buffer.copy_(sent);
-    return false;
+    return beside_sparse && !at::isfinite(buffer).all().item<bool>();
   };
   start(std::move(run), request);
 }

@@ -41,6 +41,7 @@ void Engine::reset() {
   buckets_.clear();
   choices_.clear();
   costs_.reset();
+  costs_are_measured_ = false;
   step_buckets_.clear();
   agreed_.clear();
   agreed_step_ = density_step_ = -1;
@@ -84,11 +85,12 @@ void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Ten
   check_not_captured("load_state_dict");
 #endif
   wait_until_idle();
+  check_no_residual_becomes_dense(residuals);
   residuals_.import_residuals(residuals, shard, places);
 #if COMPRESSED_DDP_CUDA
   clear_reports();
 #endif
-  if (!has_compressed_) agreed_.clear(); // all ranks are dense: they meet in a comparison in every step
+  if (!has_compressed_ && is_dense_step() && !is_ever_dense()) agreed_.clear(); // they meet in a comparison in every step
   residuals_.forget_steps();
   buckets_.clear();
   step_buckets_.clear();
@@ -97,6 +99,20 @@ void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Ten
   step_begun_ = progress_->step_is_bad = false;
   agreement_bytes_ = 0;
   metrics_ = {};
+}
+
+// auto: what such a residual holds would never be sent. Another choice would be this rank's alone, if it loads alone.
+void Engine::check_no_residual_becomes_dense(const std::vector<std::pair<std::string, at::Tensor>>& residuals) const {
+  for (const auto& [first, bucket] : buckets_) {
+    const auto choice = choices_.find(bucket->identity_hash());
+    if (choice == choices_.end() || !is_dense(choice->second.kind)) continue;
+    for (const EntryPtr& entry : bucket->key().entries)
+      for (const auto& [name, residual] : residuals)
+        TORCH_CHECK_VALUE(
+            entry->name != name, "TopKEFState.load_state_dict: '", name,
+            "' travels dense (exchange='auto' has chosen so), and its residual would never be sent; load the state before the "
+            "first compressed step, or call reset() on every rank first");
+  }
 }
 
 std::optional<Shard> Engine::shard() const {
@@ -117,6 +133,7 @@ std::optional<ExchangeCosts> Engine::costs() const {
 void Engine::use_costs(const ExchangeCosts& costs) {
   const std::lock_guard lock(mutex_);
   costs_ = costs;
+  costs_are_measured_ = false;
   choices_.clear();
 }
 

@@ -31,6 +31,13 @@ std::vector<int64_t> bucket_strides(const at::Tensor& parameter) {
   return parameter.is_non_overlapping_and_dense() ? parameter.strides().vec() : row_major_strides(parameter.sizes());
 }
 
+// The memory order may have changed since the parameter was bound: net.to(memory_format=...).
+std::vector<int64_t> strides_now(const Entry& entry) {
+  if (entry.parameter.has_value())
+    if (const auto parameter = entry.parameter->lock()) return bucket_strides(at::Tensor(parameter));
+  return entry.strides;
+}
+
 } // namespace
 
 EntryPtr ResidualStore::make_entry(const at::Tensor& parameter) {
@@ -126,9 +133,7 @@ void ResidualStore::ensure_residual(Entry& entry, c10::Device device) {
     if (entry.residual.device() != device) entry.residual = entry.residual.to(device);
     return;
   }
-  if (entry.parameter.has_value()) { // its memory order may have changed since it was bound: net.to(memory_format=...)
-    if (const auto parameter = entry.parameter->lock()) entry.strides = bucket_strides(at::Tensor(parameter));
-  }
+  entry.strides = strides_now(entry);
   const Shard shard = shard_.value_or(Shard{});
   entry.is_shard = shard_.has_value();
   entry.residual_begin = shard.begin(entry.numel);
@@ -136,6 +141,7 @@ void ResidualStore::ensure_residual(Entry& entry, c10::Device device) {
 }
 
 void ResidualStore::set_shard(const Shard& shard) {
+  shard_is_settled_ = true;
   if (shard_.value_or(Shard{}) == shard) return;
   bool has_residuals = !waiting_.empty();
   for (const auto& [impl, entry] : by_parameter_) has_residuals = has_residuals || entry->residual.defined();
@@ -169,7 +175,9 @@ void ResidualStore::check_loaded(const Entry& entry, const at::Tensor& residual)
                       " but the parameter has shape ", shape_text(entry.sizes), "; load a state of the same model");
     return;
   }
-  const ShardPlace expected = place_of(entry), &got = place->second;
+  ShardPlace expected = place_of(entry);
+  expected.strides = strides_now(entry);
+  const ShardPlace& got = place->second;
   TORCH_CHECK_VALUE(got.sizes == expected.sizes, who, "is of a parameter of shape ", shape_text(got.sizes), " but the parameter has shape ",
                     shape_text(expected.sizes), "; load a state of the same model");
   TORCH_CHECK_VALUE(
@@ -206,13 +214,13 @@ std::vector<std::pair<std::string, at::Tensor>> ResidualStore::export_residuals(
 
 void ResidualStore::import_residuals(const std::vector<std::pair<std::string, at::Tensor>>& residuals, const std::optional<Shard>& shard,
                                      const std::vector<ShardPlace>& places) {
-  TORCH_CHECK_VALUE(!shard.has_value() || !shard_.has_value() || residuals.empty() || shard == shard_,
-                    "TopKEFState.load_state_dict: the state holds shard ", shard->index, " of ", shard->count,
-                    " of the residuals, but this rank keeps shard ", shard_->index, " of ", shard_->count,
+  const Shard given = shard.value_or(Shard{}), kept = shard_.value_or(Shard{});
+  TORCH_CHECK_VALUE(!shard_is_settled_ || residuals.empty() || given == kept, "TopKEFState.load_state_dict: the state holds shard ",
+                    given.index, " of ", given.count, " of the residuals, but this rank keeps shard ", kept.index, " of ", kept.count,
                     "; go on with as many ranks on each node as before (ranks_per_node), or start without residuals");
   const std::optional<Shard> shard_before = shard_;
   const std::map<std::string, ShardPlace> places_before = std::exchange(waiting_places_, {});
-  if (shard.has_value()) shard_ = shard;
+  if (!shard_is_settled_ && !residuals.empty()) shard_ = shard;
   for (const ShardPlace& place : places) waiting_places_.emplace(place.name, place);
   try {
     check_residuals(residuals);

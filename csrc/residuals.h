@@ -78,6 +78,7 @@ class ResidualStore {
 
   // Which part of every parameter this rank keeps the residual of. ValueError when residuals of another part are there.
   void set_shard(const Shard& shard);
+  void release_shard() { shard_is_settled_ = false; } // another process group may ask for another one
   const std::optional<Shard>& shard() const { return shard_; }
   std::vector<ShardPlace> shard_places() const; // of what export_residuals shows
 
@@ -98,6 +99,7 @@ class ResidualStore {
   std::map<std::string, EntryPtr> by_name_; // ordered, so that state_dict() has a fixed order
   std::map<std::string, at::Tensor> waiting_;
   std::optional<Shard> shard_;                       // none: whole parameters
+  bool shard_is_settled_ = false;                    // exchanges go by it: it cannot change
   std::map<std::string, ShardPlace> waiting_places_; // of waiting shards
   bool bound_ = false;
 };

@@ -45,6 +45,7 @@ class ExchangeCosts:
                 raise ValueError(f"ExchangeCosts: {name} must be a positive number, got {value!r}")
 
     def as_tuple(self) -> tuple[float, float, float, float, float]:
+        """All of them in this order."""
         return (
             float(self.latency_s),
             float(self.byte_s),
@@ -131,9 +132,9 @@ def _stages_on_cpu(density: float, value_format: str) -> list[float]:
     numel = _STAGE_NUMEL
     k = _C.selection_k(density, numel)
     layout = ([numel], [0], [k])
-    gradient = torch.randn(numel, generator=torch.Generator().manual_seed(0))
-    residual = torch.zeros(numel)
-    bucket = torch.empty(numel)
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(numel, generator=generator, dtype=torch.float32, device="cpu")
+    residual, bucket = torch.zeros_like(gradient), torch.empty_like(gradient)
 
     def select() -> torch.Tensor:
         values, indices, _ = ops.compensate_select_(gradient, residual, *layout)

@@ -25,7 +25,7 @@ class ExchangeGroups:
 
     def __init__(self, density: float = 0.01, value_format: str = "bf16") -> None:
         self._density, self._value_format = density, value_format
-        self._logs = True  # rank 0 does
+        self.logs = True  # rank 0 does
         self._groups: list[dist.ProcessGroup] = []
         weakref.finalize(self, _destroy, self._groups).atexit = False
 
@@ -60,23 +60,27 @@ class ExchangeGroups:
         self, process_group: dist.ProcessGroup, device: torch.device
     ) -> tuple[float, float, float, float, float]:
         """A collective of all ranks: the members of ExchangeCosts, as rank 0 has measured them."""
-        self._logs = process_group.rank() == 0
         costs = auto_exchange.measure_costs(
             process_group, device, self._density, self._value_format
         )
-        if self._logs:
-            _logger.info("exchange='auto' has measured %s on %d ranks", costs, process_group.size())
+        self._log("exchange='auto' has measured %s on %d ranks", costs, process_group.size())
         return costs.as_tuple()
 
     def note_choice(self, choice: tuple[str, int, str, float, float]) -> None:
         """name of the first parameter, numel, exchange, predicted seconds sparse and dense"""
-        if self._logs:
-            _logger.info(
-                "exchange='auto': the bucket that begins with %r (%d entries) travels by %s (predicted: %.3g ms sparse, %.3g ms dense)",
-                *choice[:3],
-                1e3 * choice[3],
-                1e3 * choice[4],
-            )
+        self._log(
+            "exchange='auto': the bucket that begins with %r (%d entries) travels by %s (predicted: %.3g ms sparse, %.3g ms dense)",
+            *choice[:3],
+            1e3 * choice[3],
+            1e3 * choice[4],
+        )
+
+    def _log(self, message: str, *values: object) -> None:
+        if self.logs:
+            with contextlib.suppress(
+                Exception
+            ):  # the other ranks wait: no handler may stop this one
+                _logger.info(message, *values)
 
     def clear(self) -> None:
         """Ends all groups, of which none may be in use."""

@@ -336,6 +336,7 @@ class TopKEFState:
                 stacklevel=4,
             )
         self._groups.clear()  # of the process group before
+        self._groups.logs = process_group.rank() == 0
         self._engine.set_process_group(process_group)
         self._used_rank = (process_group.rank(), world_size)
 
@@ -448,7 +449,7 @@ class TopKEFState:
         Residuals wait until their parameter's name is known (`bind`, `register`, or a name given to `all_reduce_`). Options are
         not taken: a difference to this state's own options is warned about, and so are residuals whose names the bound model does
         not have. A parameter without a saved residual starts at zero. With exchange="auto" the saved costs are gone by, unless others were
-        given to the constructor: so the choices are the saved ones.
+        given to the constructor: so the choices are the saved ones (with a callable density, by the step in which a bucket comes first).
 
         Raises:
             TypeError: not a dict of the types that `state_dict()` returned.

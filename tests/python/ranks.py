@@ -122,6 +122,9 @@ class Pool:
         self.world_size = world_size
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        # Kept until the processes have ended: a rank still closes its store when its result is here, and would wait for a removed file.
+        self._folder = tempfile.TemporaryDirectory()
+        self._jobs = 0
 
     def run(
         self, function: Callable[..., Any], *args: Any, timeout_s: float = RUN_TIMEOUT_S
@@ -130,22 +133,23 @@ class Pool:
         if not self._processes:
             self._start()
         results, failures = [], []
-        with tempfile.TemporaryDirectory() as folder:
-            job = pickle.dumps((function, os.path.join(folder, "store"), timeout_s, args))
-            deadline = time.monotonic() + timeout_s
-            for pipe in self._pipes:
-                pipe.send_bytes(job)
-            for rank, pipe in enumerate(self._pipes):
-                ok, value = False, f"hung: no result after {timeout_s} s"
-                try:
-                    # Once a rank has failed, the others may wait for it in a collective.
-                    if pipe.poll(max(0.0, deadline - time.monotonic()) if not failures else 2.0):
-                        ok, value = pickle.loads(pipe.recv_bytes())
-                except (EOFError, ConnectionResetError):
-                    value = "the process died"
-                results.append(value)
-                if not ok:
-                    failures.append(f"rank {rank}: {value}")
+        store = os.path.join(self._folder.name, f"store{self._jobs}")
+        self._jobs += 1
+        job = pickle.dumps((function, store, timeout_s, args))
+        deadline = time.monotonic() + timeout_s
+        for pipe in self._pipes:
+            pipe.send_bytes(job)
+        for rank, pipe in enumerate(self._pipes):
+            ok, value = False, f"hung: no result after {timeout_s} s"
+            try:
+                # Once a rank has failed, the others may wait for it in a collective.
+                if pipe.poll(max(0.0, deadline - time.monotonic()) if not failures else 2.0):
+                    ok, value = pickle.loads(pipe.recv_bytes())
+            except (EOFError, ConnectionResetError):
+                value = "the process died"
+            results.append(value)
+            if not ok:
+                failures.append(f"rank {rank}: {value}")
         if failures:
             self.close()
             raise AssertionError("\n".join(failures))

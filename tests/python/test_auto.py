@@ -10,7 +10,7 @@ import pytest
 import ranks
 import test_agreement
 import torch
-from ddp_models import SHAPES, Case, assert_same_bits, normal
+from ddp_models import SHAPES, Case, assert_same_bits, build, integers, normal, replace_in
 from test_exchanges import (
     ENTRIES,
     WORLD_SIZES,
@@ -243,7 +243,7 @@ def test_ranks_of_which_one_chooses_disagree_in_words(pools: ranks.Pools) -> Non
     options = [{"density": 0.05, "exchange": exchange} for exchange in ("auto", "allgather")]
     outcomes = pools.run(2, test_agreement.disagree_about_options, "python", options, [None] * 2)
     case = Case(steps=3, state=test_agreement.FRESH)
-    words = "exchange: rank 0 has auto, rank 1 has allgather"
+    words = r"exchange: rank 0 has auto \(allgather or dense\), rank 1 has allgather"
     test_agreement.assert_clear_and_harmless(outcomes, case, words)
 
 
@@ -285,3 +285,78 @@ def test_costs_are_not_exchanged_in_the_middle_of_a_run(pools: ranks.Pools) -> N
     for message, exchange in pools.run(2, load_behind_measurements):
         assert "goes by others; load it before the first compressed step" in message
         assert exchange in ("allgather", "dense")
+
+
+def reduce_with_inf_in_the_dense_bucket(rank: int, world_size: int) -> tuple[Any, ...]:
+    """Of DDP's buckets that of 1,584 entries travels sparse, and those of 2,040 and 2,407 dense."""
+    costs = ExchangeCosts(1e-3, 1e-12, 3.33e-7, 1e-12, 1e-12)
+    case = Case(
+        "python",
+        4,
+        gradients_of=replace_in(integers, {("first_weight", 1, 3): float("inf")}),
+        state={"exchange": AutoExchange(costs=costs), "value_format": "fp32", "dense_steps": 2},
+    )
+    model, state = build(case)
+    kept = []
+    for step in range(case.steps):
+        model.zero_grad()
+        model(case.gradients(rank, step)).backward()
+        kept.append(state.state_dict()["residuals"])
+    kinds = sorted({choice["exchange"] for choice in state.exchange_choices()})
+    good = all(
+        torch.equal(after, kept[2][name] + case.gradients(rank, 3)[name])
+        for name, after in kept[3].items()
+    )
+    return state.exchange_choices(), kinds, len(kept[3]), good
+
+
+def test_a_non_finite_dense_bucket_gives_back_what_sparse_ones_sent_in_its_step(
+    pools: ranks.Pools,
+) -> None:
+    for choices, kinds, count, good in pools.run(2, reduce_with_inf_in_the_dense_bucket):
+        assert kinds == ["allgather", "dense"], choices
+        assert count > 0 and good, "as if the step had sent nothing"
+
+
+def reduce_by_exchange_of_rank(rank: int, world_size: int, exchanges: list[AutoExchange]) -> str:
+    state = TopKEFState(density=0.1, dense_steps=0, exchange=exchanges[rank])
+    try:
+        all_reduce_(torch.ones(2000), state, name="w")
+        return ""
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"dense": "dense_bf16"},
+            "auto (allgather or dense_bf16), rank 1 has auto (allgather or dense)",
+        ),
+        ({"sparse": "split"}, "auto (split or dense), rank 1 has auto (allgather or dense)"),
+    ],
+)
+def test_ranks_with_other_choices_in_auto_disagree_in_words(
+    pools: ranks.Pools, changes: dict[str, Any], words: str
+) -> None:
+    exchanges = [AutoExchange(costs=SLOW_NETWORK, **changes), AutoExchange(costs=SLOW_NETWORK)]
+    for message in pools.run(2, reduce_by_exchange_of_rank, exchanges):
+        assert words in message
+
+
+def load_a_residual_of_a_dense_tensor(rank: int, world_size: int) -> str:
+    fast = TopKEFState(density=DENSITY, dense_steps=0, exchange=AutoExchange(costs=FAST_NETWORK))
+    slow = TopKEFState(density=DENSITY, dense_steps=0, exchange=AutoExchange(costs=SLOW_NETWORK))
+    for state in (fast, slow):
+        all_reduce_(torch.ones(50_000), state, name="w")
+    try:
+        fast.load_state_dict(slow.state_dict())
+        return ""
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_residual_is_not_loaded_into_what_travels_dense(pools: ranks.Pools) -> None:
+    for message in pools.run(2, load_a_residual_of_a_dense_tensor):
+        assert "'w' travels dense" in message and "reset() on every rank" in message

@@ -1251,5 +1251,7 @@ def test_a_state_shows_its_exchange() -> None:
     assert "exchange='split'" in repr(TopKEFState(exchange="split"))
     assert TopKEFState().exchange is None
     for exchange in EXCHANGES:
-        with pytest.raises(ValueError, match=f"must be None or one of .*'{exchange}'.* got 'ring'"):
+        with pytest.raises(
+            ValueError, match=f"must be None, an AutoExchange or one of .*'{exchange}'.* got 'ring'"
+        ):
             TopKEFState(exchange="ring")

@@ -15,8 +15,8 @@ from compressed_ddp._native import _C
 
 PACKAGE = pathlib.Path(compressed_ddp.__file__).parent
 PUBLIC = [
-    "ErrorFeedbackBuffer", "TopKCompressor", "TopKEFState", "adam_param_groups", "all_reduce_", "all_reduce_gradients", "register",
-    "topk_ef_hook",
+    "AutoExchange", "ErrorFeedbackBuffer", "ExchangeCosts", "TopKCompressor", "TopKEFState", "adam_param_groups", "all_reduce_",
+    "all_reduce_gradients", "register", "topk_ef_hook",
 ]  # fmt: skip
 STAGES = ["compensate_select_", "encode", "decode_apply_", "restore_"]
 

@@ -92,8 +92,8 @@ def test_defaults_are_the_documented_ones():
     assert (state.value_format, state.exchange) == ("bf16", None)
     assert (state.dense_steps, state.min_compress_numel, state.step) == (2, 1024, 0)
     assert repr(state) == (
-        "TopKEFState(density=0.01, scope='tensor', value_format='bf16', exchange=None, error_feedback=True, "
-        "dense_steps=2, min_compress_numel=1024, step=0)"
+        "TopKEFState(density=0.01, scope='tensor', value_format='bf16', exchange=None, ranks_per_node=None, "
+        "error_feedback=True, dense_steps=2, min_compress_numel=1024, step=0)"
     )
 
 

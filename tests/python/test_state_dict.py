@@ -77,6 +77,7 @@ def test_a_state_dict_holds_plain_tensors_and_numbers():
             "scope": "tensor",
             "value_format": "bf16",
             "exchange": "default",
+            "ranks_per_node": 0,
             "error_feedback": True,
             "dense_steps": 1,
             "min_compress_numel": 100,
