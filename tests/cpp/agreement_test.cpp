@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "exchange_kind.h"
 #include "testing.h"
 
 namespace compressed_ddp {
@@ -55,6 +56,13 @@ TEST(Agreement, EachFieldIsNamedWithTheValueOfEitherRank) {
       {"density: rank 0 has 0.01, rank 2 has 0.1", [](auto& r) { r.density = 0.1; }},
       {"density is a callable: rank 0 has False, rank 2 has True", [](auto& r) { r.density_is_callable = 1; }},
       {"scope: rank 0 has tensor, rank 2 has bucket", [](auto& r) { r.scope = 1; }},
+      {"exchange: rank 0 has allgather, rank 2 has hierarchical",
+       [](auto& r) { r.exchange = static_cast<int64_t>(ExchangeKind::kHierarchical); }},
+      {"exchange: rank 0 has allgather, rank 2 has auto (split or dense, with residuals)",
+       [](auto& r) { r.exchange = auto_exchange_number(ExchangeKind::kSplit, ExchangeKind::kDense, true); }},
+      {"ranks_per_node (0 = by host): rank 0 has 0, rank 2 has 8", [](auto& r) { r.ranks_per_node = 8; }},
+      {"costs of exchange='auto' (0 = to be measured): rank 0 has 0000000000000000, rank 2 has 0000000000000033",
+       [](auto& r) { r.costs_hash = 0x33; }},
       {"error_feedback: rank 0 has True, rank 2 has False", [](auto& r) { r.error_feedback = 0; }},
       {"dense_steps: rank 0 has 2, rank 2 has 0", [](auto& r) { r.dense_steps = 0; }},
       {"min_compress_numel: rank 0 has 1024, rank 2 has 1", [](auto& r) { r.min_compress_numel = 1; }},
@@ -122,15 +130,17 @@ TEST(Agreement, ANameThatFillsItsFieldEndsThere) {
   std::vector<AgreementRecord> records = agreeing(2);
   std::memset(records[0].bucket, 'x', sizeof records[0].bucket); // cut off: no terminating zero
   records[1].step = 8;
-  expect_contains(describe_disagreement(records), "'" + std::string(64, 'x') + "'");
+  expect_contains(describe_disagreement(records), "'" + std::string(sizeof records[0].bucket, 'x') + "'");
 }
 
 TEST(Agreement, ARecordOfAnotherVersionIsReadNoFurther) {
   std::vector<AgreementRecord> records = agreeing(2);
-  records[1].record_version = 4;
+  const uint32_t version = records[0].record_version;
+  records[1].record_version = version + 1;
   records[1].step = 1234567;
   const std::string message = describe_disagreement(records);
-  expect_contains(message, "version of the agreement record: rank 0 has 3, rank 1 has 4");
+  expect_contains(message,
+                  "version of the agreement record: rank 0 has " + std::to_string(version) + ", rank 1 has " + std::to_string(version + 1));
   EXPECT_EQ(message.find("step:"), std::string::npos) << message;
 }
 
@@ -151,7 +161,7 @@ TEST(Agreement, TheMessageIsTheSameOnEveryRank) {
   std::vector<AgreementRecord> records = agreeing(2);
   records[1].step = 8;
   const std::string message = describe_disagreement(records);
-  std::memset(records[0].bucket + 20, 'z', 40); // behind the terminating zero
+  std::memset(records[0].bucket + 20, 'z', sizeof records[0].bucket - 20); // behind the terminating zero
   EXPECT_EQ(describe_disagreement(records), message);
 }
 
