@@ -104,8 +104,9 @@ void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
   for (int collective = 0; collective < exchange.num_collectives(); ++collective) {
     try {
       // NCCL: only the stream waits.
-      stream.run([&] {
-        const c10::intrusive_ptr<c10d::ProcessGroup> group = of_collective[static_cast<size_t>(collective)].lock();
+      // By value: the tests without a GPU run it again in every replay of a graph.
+      stream.run([&exchange, collective, of = of_collective[static_cast<size_t>(collective)]] {
+        const c10::intrusive_ptr<c10d::ProcessGroup> group = of.lock();
         TORCH_CHECK(group, "the process group is gone");
         if (const WorkPtr work = exchange.start(collective, *group)) work->wait();
       });
