@@ -165,7 +165,7 @@ class Stages:
         def run_all() -> None:
             for gradient, residual, bucket in zip(given, self.residuals, self.buckets):
                 values, indices, _ = ops.compensate_select_(gradient, residual, *self.layout)
-                payload = ops.encode(values, indices, gradient, *self.layout, rank=0, world_size=1)
+                payload = ops.encode(values, indices, gradient, *self.layout, rank=0)
                 ops.decode_apply_(bucket, payload.unsqueeze(0), *self.layout)
 
         return timed(run_all)

@@ -1,10 +1,10 @@
-"""What payload version 2 costs beside version 1: processor time of select + encode, and of decoding 8 payloads.
+"""What payload version 3 costs beside version 1: processor time of select + encode, and of decoding 8 payloads.
 
     python benchmarks/bench_payload_cost.py
 
 Version 1 sent an int32 and a float32 per entry, 8 bytes, as plain lists. Its code is kept for this
 comparison in benchmarks/cpu/payload_v1.cpp: selection writes straight into the payload, so that
-encoding is a header; decoding checks every index and adds from the lists, tile by tile. Version 2 is
+encoding is a header; decoding checks every index and adds from the lists, tile by tile. Version 3 is
 the engine's own code, in its three value formats.
 
 The program benchmarks/cpu/bench_payload_cost.cpp is compiled into --build and runs all of it in
@@ -127,7 +127,7 @@ def main() -> int:
     write(
         {
             "benchmark": "bench_payload_cost",
-            "title": "What payload version 2 costs beside version 1",
+            "title": "What payload version 3 costs beside version 1",
             "system": system,
             "settings": {
                 "size_mib": options.size,

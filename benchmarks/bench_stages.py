@@ -281,7 +281,7 @@ def payload_arms(
     used = iter(range(sys.maxsize))  # outputs rotate over all arms that write one
 
     def encode(rank: int, world_size: int) -> torch.Tensor:
-        return ops.encode(*selections[rank], *layout.arguments, rank=rank, world_size=world_size)
+        return ops.encode(*selections[rank], *layout.arguments, rank=rank)
 
     def fill(turn: int) -> Callable[[], object]:
         output = outputs[next(used) % NUM_BUFFERS]

@@ -14,14 +14,12 @@ count; the tests compare it with what metrics() says of real ranks. Sizes of pay
 
 What split sends beyond 2 (P - 1) / P payloads of an uncut bucket has six causes, which add up:
 
-    header      64 bytes per range instead of per bucket
+    header      8 bytes per range instead of per bucket
     k           ceil(density x numel), at least 1, of every part of a selection that a border cuts
     index       directory and high bits of more and shorter payloads
-    alignment   sections to 8 bytes, payloads to 64
+    alignment   sections and payloads to 8 bytes
     largest     ranges of unequal size, in the all-gather all as large as the largest
     (P - 1) / P itself grows by 1.14 from 8 to 1,024 ranks, which no format changes
-
-`small_header` is what a header of 8 bytes and payloads padded to 8 would give.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ from compressed_ddp import _native
 MIB = 1 << 20
 FIRST_BUCKET_BYTES = MIB
 CHUNK_NUMEL = 4096
-RANGE_NUMEL = 64
+RANGE_NUMEL = 8
 VALUE_BYTES = 2  # bf16
 MODELS = {"ResNet-50": resnet50_parameters, "GPT-2": gpt2_parameters}
 SCOPES = ("tensor", "chunk")
@@ -77,7 +75,6 @@ class Payload:
     entries: int  # values and low bits
     dense: int
     padding: int
-    small: int  # all of it with a header of 8 bytes and padding to 8
 
     @property
     def all(self) -> int:
@@ -115,7 +112,7 @@ def parts_of(
 
 
 def borders(parts: Sequence[Part], count: int, density: float) -> list[int]:
-    """Return where the ranges of `count` owners end: about equal bytes, at multiples of 64 entries."""
+    """Return where the ranges of `count` owners end: about equal bytes, at multiples of 8 entries."""
     bytes_of_entry = {True: 4.0, False: (density * (8 * VALUE_BYTES + 9) + 1 / 256) / 8}
     weights = [part.numel * bytes_of_entry[part.dense] for part in parts]
     numel = parts[-1].begin + parts[-1].numel
@@ -159,7 +156,6 @@ def payload_of(layout: tuple[tuple[int, bool], ...], density: float) -> Payload:
     high = 8 * -(-(selected + ((numel - 1) >> 8)) // 64) if selected else 0
     dense = 4 * (numel - sum(compressed))
     sections = [directory, high, dense, VALUE_BYTES * selected, selected]
-    padded = sum(aligned(section, 8) for section in sections[:-1])
     everything = _native._C.payload_bytes(numels, groups, k, "bf16")
     header = _native._C.payload_header_bytes
     return Payload(
@@ -168,13 +164,7 @@ def payload_of(layout: tuple[tuple[int, bool], ...], density: float) -> Payload:
         entries=(VALUE_BYTES + 1) * selected,
         dense=dense,
         padding=everything - header - sum(sections),
-        small=8 + padded + aligned(selected, 8),
     )
-
-
-def aligned(count: int, alignment: int) -> int:
-    """Return the next multiple."""
-    return -(-count // alignment) * alignment
 
 
 def ranges_of(parts: Sequence[Part], ends: Sequence[int], density: float) -> list[Payload]:
@@ -214,7 +204,7 @@ def count(parts_of_buckets: Sequence[Sequence[Part]], world_size: int) -> dict[s
     """Return the bytes per rank of both exchanges, mean over the ranks, and what split's consist of."""
     share = (world_size - 1) / world_size
     sums: dict[str, float] = dict.fromkeys(
-        ("ideal", "header", "k", "index", "alignment", "largest", "split", "small", "worst"), 0.0
+        ("ideal", "header", "k", "index", "alignment", "largest", "split"), 0.0
     )
     all_gather = 0
     by_rank = [0] * world_size
@@ -235,8 +225,6 @@ def count(parts_of_buckets: Sequence[Sequence[Part]], world_size: int) -> dict[s
             )
         sums["largest"] += (world_size - 1) * largest - share * total
         sums["split"] += share * total + (world_size - 1) * largest
-        sums["small"] += share * sum(one.small for one in payloads)
-        sums["small"] += (world_size - 1) * max(one.small for one in payloads)
         for rank in range(world_size):
             own = payloads[rank].all if rank < len(payloads) else 0
             by_rank[rank] += total - own + (world_size - 1) * largest
@@ -248,7 +236,6 @@ def count(parts_of_buckets: Sequence[Sequence[Part]], world_size: int) -> dict[s
         "allgather_over_split": round(all_gather / sums["split"], 3),
         "two_payloads": round(sums["ideal"]),
         **{key: round(sums[key]) for key in ("header", "k", "index", "alignment", "largest")},
-        "small_header_bytes": round(sums["small"]),
     }
 
 
@@ -314,7 +301,7 @@ def main() -> int:
                 rows += [{**about, "ranks": ranks, **found} for ranks, found in counts.items()]
                 growth = {
                     key: round(counts[LARGE_RANKS][key] / counts[SMALL_RANKS][key], 4)
-                    for key in ("allgather_bytes", "split_bytes", "small_header_bytes")
+                    for key in ("allgather_bytes", "split_bytes")
                 }
                 growths.append({**about, **growth})
                 print(growths[-1])

@@ -26,7 +26,14 @@ PROGRAMS = {  # which kernels, and which tests reach them quickly
         "(kernelIf|encode_lost)",
         "*AWrongGuess*:*AGuessThat*:*ManySteps*:*ManySegments*:*ALayout*:*SmallGroupsAlone*",
     ),
-    "decode_apply_cuda_test_ptx80": ("(decode_apply_kernelIf|nan_kernelIf|restore)", "*"),
+    "decode_apply_cuda_test_ptx80": (
+        "(decode_apply_kernelIf|nan_if_flagged_kernelIf|restore_kernel|return_dropped_kernel|add_lost_kernel)",
+        "*",
+    ),
+    "shards_cuda_test_ptx80": (
+        "(pack_shards_kernelIj|unpack_shards_kernelIj|mean_of_shards_kernelIf|mark_unused|seal_slot)",
+        "*",
+    ),
 }
 
 

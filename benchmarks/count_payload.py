@@ -60,7 +60,7 @@ def payload_of(
     )
     payload = ops.encode(
         values, indices, gradient, segments, groups, k,
-        value_format=value_format, rank=0, world_size=1,
+        value_format=value_format, rank=0,
     )  # fmt: skip
     dense_numel = sum(n for n, group in zip(segments, groups, strict=True) if group < 0)
     return payload.numel(), indices.numel(), dense_numel

@@ -188,7 +188,6 @@ def exchange_counts(result: Result) -> list[str]:
         "bucket_mib": "bucket, MiB",
         "allgather_bytes": "allgather",
         "split_bytes": "split",
-        "small_header_bytes": "split with small headers",
     }
 
     def pick(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -196,7 +195,7 @@ def exchange_counts(result: Result) -> list[str]:
 
     last = max(row["ranks"] for row in rows)
     default = [row for row in rows if row["model"] == "ResNet-50" and row["bucket_mib"] == "25"]
-    volumes = ("allgather_bytes", "split_bytes", "allgather_over_split", "small_header_bytes")
+    volumes = ("allgather_bytes", "split_bytes", "allgather_over_split")
     causes = ("two_payloads", "header", "k", "index", "alignment", "largest")
     return [
         f"### Bytes per rank, {last:,} ranks over 8\n\n"
@@ -205,11 +204,7 @@ def exchange_counts(result: Result) -> list[str]:
         + table(pick(row, "scope", "ranks", *volumes) for row in default),
         f"### What split sends at {last:,} ranks\n\n"
         "Bytes per rank. `two payloads` is 2 (P - 1) / P payloads of uncut buckets; the causes of the rest add up to `split`.\n\n"
-        + table(
-            pick(row, *about, "split_bytes", *causes, "small_header_bytes")
-            for row in rows
-            if row["ranks"] == last
-        ),
+        + table(pick(row, *about, "split_bytes", *causes) for row in rows if row["ranks"] == last),
         *goals(result),
     ]
 

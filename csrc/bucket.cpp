@@ -84,7 +84,7 @@ BucketRange Bucket::make_range(const Parts& of, int64_t begin, int64_t end, doub
 // Into `count` ranges of about equal payload bytes, as far as there are so many multiples of kRangeNumel; the last ones are empty else. A
 // function of the structure, the density and the value format: the same on every rank.
 std::vector<BucketRange> Bucket::cut(const Parts& of, int64_t count, double density) const {
-  constexpr int64_t kRangeNumel = 64; // 16-byte accesses stay aligned, and so do a gradient and its residual with one another
+  constexpr int64_t kRangeNumel = 8; // 16-byte accesses stay aligned, and a dense entry more or less is a small part of a payload
   const double value_bits = value_format_ == ValueFormat::kFloat32 ? 32 : value_format_ == ValueFormat::kBFloat16 ? 16 : 1;
   const double compressed_bytes = (density * (value_bits + kLowBits + 1) + 1.0 / (1 << kLowBits)) / 8, dense_bytes = sizeof(float);
   const auto bytes_of = [&](const Part& part) { return static_cast<double>(part.numel) * (part.dense ? dense_bytes : compressed_bytes); };
@@ -176,9 +176,9 @@ std::unique_ptr<Exchange> Bucket::make_hierarchical(const Plan& plan, ResidualSt
     dealt.numels.push_back(parts.numel);
     if (l == index) own = std::move(parts);
   }
-  const Node node{plan.rank - index, {index, count}, plan.world_size};
+  const Node node{plan.rank - index, {index, count}};
   const ExchangeKind between = default_exchange(nodes);
-  const Members owners{plan.rank / count, nodes, {index, plan.world_size, count}};
+  const Members owners{plan.rank / count, nodes, {index, count}};
   std::unique_ptr<Exchange> exchange;
   if (own.numel > 0) exchange = make_exchange(own, between, owners, {GradientType::kFloat32, key_.type}, plan, residuals, maker);
   return make_hierarchical_exchange(dealt, node, std::move(exchange), num_collectives(between), key_.type, maker);

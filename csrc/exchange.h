@@ -70,10 +70,10 @@ class Exchange {
 struct Members {
   int64_t index, count; // this process among them
   Senders senders;      // all of them
-  Sender self(int64_t step) const { return {senders.rank_of(index), senders.world_size, step}; }
+  Sender self(int64_t step) const { return {senders.rank_of(index), step}; }
 };
 // All ranks of the job.
-inline Members all_ranks(int64_t rank, int64_t world_size) { return {rank, world_size, {0, world_size}}; }
+inline Members all_ranks(int64_t rank, int64_t world_size) { return {rank, world_size, {0}}; }
 
 // What a selection reads, and what the averages are rounded to. One type, but for what a node has summed: that is fp32.
 struct ExchangeTypes {

@@ -35,7 +35,7 @@ class HierarchicalExchange final : public Exchange {
     mean_ = at::empty({own}, gradients.dtype(at::kFloat));
     slots_ = at::zeros({count * shards_->slot_bytes()}, gradients.dtype(at::kByte));
     slot_ = slots_.narrow(0, index * shards_->slot_bytes(), shards_->slot_bytes());
-    result_ = slot_.narrow(0, sizeof(PayloadHeader), shards_->own_numel() * element_bytes(type)).view(gradients.dtype().toScalarType());
+    result_ = slot_.narrow(0, kSlotAlignment, shards_->own_numel() * element_bytes(type)).view(gradients.dtype().toScalarType());
   }
 
   int num_collectives() const override { return between_collectives_ + 2; }

@@ -94,8 +94,7 @@ class SplitExchange final : public Exchange {
       if (on_device_) throw; // a launch that failed, here and not there
       refused_ = std::current_exception();
       const Sender self = members_.self(step_);
-      PayloadHeader header =
-          make_header(owner_->layout(), static_cast<uint32_t>(self.rank), static_cast<uint32_t>(self.world_size), step_, false);
+      PayloadHeader header = make_header(owner_->layout(), self.rank, step_, false);
       header.flags = kFlagRefused;
       std::memcpy(average_.data_ptr<uint8_t>(), &header, sizeof header);
     }
@@ -145,8 +144,7 @@ class SplitExchange final : public Exchange {
     if (refused_ != nullptr) std::rethrow_exception(refused_);
     const auto received_from = [&](size_t o) {
       const auto owner = static_cast<int64_t>(o);
-      return Received{
-          gathered_.const_data_ptr<uint8_t>() + owner * stride_, 1, {members_.senders.rank_of(owner), members_.senders.world_size}, step_};
+      return Received{gathered_.const_data_ptr<uint8_t>() + owner * stride_, 1, {members_.senders.rank_of(owner)}, step_};
     };
     // All before the first is applied: nothing is written if one is not what it should be.
     for (size_t o = 0; o < stages_.size(); ++o)
@@ -160,8 +158,8 @@ class SplitExchange final : public Exchange {
     for (size_t o = 0; o < stages_.size(); ++o)
       if (stages_[o] != nullptr && stages_[o]->has_residuals())
         returned_sq += stages_[o]->return_dropped(payload_for(o), part_of(gradient, o), types_.result);
-    sums_.residual_sq += returned_sq; // it is no longer sent
-    sums_.sent_sq -= returned_sq;
+    sums_.residual_sq += returned_sq;                           // it is no longer sent
+    sums_.sent_sq = std::max(0.0, sums_.sent_sq - returned_sq); // when all of it comes back, rounding may leave less than nothing
     return bad;
   }
 

@@ -92,7 +92,7 @@ void check_not_dense(const char* op, const Layout& layout, const int32_t* indice
 
 at::Tensor encode_cpu(const at::Tensor& values, const at::Tensor& indices, const at::Tensor& gradient, at::IntArrayRef segments,
                       at::IntArrayRef groups, at::IntArrayRef k, c10::string_view value_format, const std::optional<at::Tensor>& residual,
-                      int64_t rank, int64_t world_size, int64_t step, bool non_finite) {
+                      int64_t rank, int64_t step, bool non_finite) {
   constexpr auto op = "encode";
   const Layout layout = make_layout(op, segments, groups, k, value_format);
   check_flat(op, "gradient", gradient, layout.numel);
@@ -102,8 +102,7 @@ at::Tensor encode_cpu(const at::Tensor& values, const at::Tensor& indices, const
                         indices.is_contiguous() && indices.numel() == layout.selected_numel,
                     op, ": expected flat contiguous values and indices with ", layout.selected_numel,
                     " entries (the sum of k), got shapes ", values.sizes(), " and ", indices.sizes());
-  TORCH_CHECK_VALUE(rank >= 0 && rank < world_size && world_size <= std::numeric_limits<uint32_t>::max(), op,
-                    ": expected 0 <= rank < world_size < 2^32, got rank ", rank, " of ", world_size);
+  TORCH_CHECK_VALUE(rank >= 0, op, ": expected rank >= 0, got ", rank);
   const auto* positions = indices.const_data_ptr<int32_t>();
   TORCH_CHECK_VALUE(std::is_sorted(positions, positions + layout.selected_numel, std::less_equal<>()), op,
                     ": expected indices to ascend strictly, as compensate_select_ returns them");
@@ -125,7 +124,7 @@ at::Tensor encode_cpu(const at::Tensor& values, const at::Tensor& indices, const
                               });
   encode_selected(layout, {numbers, positions, residual.has_value() ? residuals.data() : nullptr, any_non_finite, bytes},
                   torch_parallel_for);
-  encode_header(layout, static_cast<uint32_t>(rank), static_cast<uint32_t>(world_size), step, any_non_finite, bytes);
+  encode_header(layout, rank, step, any_non_finite, bytes);
   return payload;
 }
 
@@ -138,7 +137,7 @@ void decode_apply_cpu(at::Tensor& bucket, const at::Tensor& gathered, at::IntArr
   TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.is_contiguous() && gathered.size(0) >= 1 && gathered.size(1) == payload_bytes(layout),
                     op, ": expected gathered to be contiguous [world_size, ", payload_bytes(layout), "], got ", gathered.sizes());
   const auto* bytes = gathered.const_data_ptr<uint8_t>();
-  const std::string problem = check_payloads(layout, bytes, gathered.size(0), {0, gathered.size(0)}, step, torch_parallel_for);
+  const std::string problem = check_payloads(layout, bytes, gathered.size(0), {0}, step, torch_parallel_for);
   TORCH_CHECK_VALUE(problem.empty(), op, ": ", problem, "; the bucket is unchanged");
   decode_apply(layout, {bytes, gathered.size(0), bucket.mutable_data_ptr(), gradient_type(bucket)}, torch_parallel_for);
 }
@@ -166,7 +165,7 @@ TORCH_LIBRARY(compressed_ddp, m) {
       "-> (Tensor values, Tensor indices, Tensor statistics)");
   m.def(
       "encode(Tensor values, Tensor indices, Tensor gradient, SymInt[] segments, int[] groups, SymInt[] k, *, str value_format='bf16', "
-      "Tensor(a!)? residual=None, int rank, int world_size, int step=0, bool non_finite=False) -> Tensor");
+      "Tensor(a!)? residual=None, int rank, int step=0, bool non_finite=False) -> Tensor");
   m.def(
       "decode_apply_(Tensor(a!) bucket, Tensor gathered, SymInt[] segments, int[] groups, SymInt[] k, *, str value_format='bf16', "
       "int step=0) -> ()");

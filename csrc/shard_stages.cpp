@@ -8,11 +8,10 @@ namespace compressed_ddp {
 
 ShardStages::ShardStages(const Dealt& dealt, const Node& node, GradientType type)
     : node_(node), type_(type), numel_(dealt.numel), num_entries_(dealt.num_entries), numels_(dealt.numels) {
-  constexpr int64_t kHeaderBytes = sizeof(PayloadHeader);
   constexpr int64_t kMessageNumel = 8; // 16 bytes in every type: then the mean of several reads them so
   const int64_t entry_bytes = element_bytes(type);
   const int64_t largest = *std::max_element(numels_.begin(), numels_.end());
-  slot_bytes_ = (kHeaderBytes + largest * entry_bytes + kPayloadAlignment - 1) / kPayloadAlignment * kPayloadAlignment;
+  slot_bytes_ = (kSlotAlignment + largest * entry_bytes + kSlotAlignment - 1) / kSlotAlignment * kSlotAlignment;
   std::vector<int64_t> message_begins;
   int64_t begin = 0;
   for (const int64_t numel : numels_) {
@@ -23,23 +22,14 @@ ShardStages::ShardStages(const Dealt& dealt, const Node& node, GradientType type
   }
   for (const Dealt::Run& run : dealt.runs) {
     to_owners_.push_back({run.bucket_begin, message_begins[static_cast<size_t>(run.shard)] + run.shard_begin, run.numel});
-    to_bucket_.push_back({run.bucket_begin, (run.shard * slot_bytes_ + kHeaderBytes) / entry_bytes + run.shard_begin, run.numel});
+    to_bucket_.push_back({run.bucket_begin, (run.shard * slot_bytes_ + kSlotAlignment) / entry_bytes + run.shard_begin, run.numel});
   }
   const int64_t numbers[] = {static_cast<int64_t>(type), num_entries_, node.shard.count};
   hash_ = hash_bytes(numels_.data(), numels_.size() * sizeof(int64_t), hash_bytes(numbers, sizeof numbers));
 }
 
 PayloadHeader ShardStages::header(int64_t step, int64_t shard) const {
-  PayloadHeader header{};
-  header.magic = kPayloadMagic;
-  header.version = kWireVersion;
-  header.rank = static_cast<uint32_t>(node_.first_rank + shard);
-  header.world_size = static_cast<uint32_t>(node_.world_size);
-  header.layout_hash = hash_;
-  header.step = step;
-  header.numel = header.dense_numel = numel_;
-  header.payload_bytes = slot_bytes_;
-  return header;
+  return {kWireVersion, 0, static_cast<uint16_t>(node_.first_rank + shard), static_cast<uint16_t>(step), layout_check(hash_)};
 }
 
 std::vector<uint8_t> ShardStages::unused_entries(const std::vector<uint8_t>& unused) const {

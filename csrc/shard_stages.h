@@ -24,7 +24,6 @@ struct Dealt {
 struct Node {
   int64_t first_rank; // of the job; the others are the ranks behind it
   Shard shard;        // that this rank owns, of as many as the node has ranks
-  int64_t world_size;
 };
 
 class ShardStages {

@@ -22,7 +22,7 @@ struct StageSums { // CPU only; on a device they are read when somebody asks (St
 };
 
 struct Sender { // what a header says of who wrote it
-  int64_t rank, world_size, step;
+  int64_t rank, step;
 };
 
 // The entries (parameters) whose part of the gradient nobody uses: zeros travel, and the residual stays as it is.

@@ -41,7 +41,7 @@ StageSums StagesCpu::compensate_select_and_encode(const void* gradient, Gradient
   const double lost_sq =
       encode_selected(layout(), {entries.values.data(), entries.indices.data(), not_yet_kept, non_finite, payload}, torch_parallel_for);
   sent_ = has_residuals();
-  encode_header(layout(), static_cast<uint32_t>(sender.rank), static_cast<uint32_t>(sender.world_size), sender.step, non_finite, payload);
+  encode_header(layout(), sender.rank, sender.step, non_finite, payload);
   return {selected.gradient_sq + dense.gradient_sq, selected.residual_sq + lost_sq, selected.sent_sq - lost_sq};
 }
 

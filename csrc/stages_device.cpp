@@ -74,8 +74,7 @@ StageSums StagesDevice::compensate_select_and_encode(const void* gradient, Gradi
     upload_unused(range_.unused_segments(unused.of_entries));
   else
     cuda::mark_unused(unused.presence, entries_, static_cast<int64_t>(range_.entries.size()), unused_, stream_);
-  const PayloadHeader header =
-      make_header(layout(), static_cast<uint32_t>(sender.rank), static_cast<uint32_t>(sender.world_size), sender.step, false);
+  const PayloadHeader header = make_header(layout(), sender.rank, sender.step, false);
   if (returned_ != nullptr)
     cuda::check(cudaMemsetAsync(returned_, 0, static_cast<size_t>(4 * returned_words(layout())), stream_), "clearing what came back");
   try {
@@ -89,8 +88,7 @@ StageSums StagesDevice::compensate_select_and_encode(const void* gradient, Gradi
 }
 
 bool StagesDevice::decode_apply(const Received& received, void* bucket, GradientType type) {
-  const PayloadHeader expected = make_header(layout(), static_cast<uint32_t>(received.senders.first_rank),
-                                             static_cast<uint32_t>(received.senders.world_size), received.step, false);
+  const PayloadHeader expected = make_header(layout(), received.senders.first_rank, received.step, false);
   cuda::decode_apply(device_plan_,
                      {received.payloads, static_cast<int32_t>(received.count), bucket, type, expected, report_->status(),
                       static_cast<uint32_t>(received.senders.rank_stride)},

@@ -1,6 +1,7 @@
 #include "payload_v1.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -12,19 +13,23 @@ namespace compressed_ddp::v1 {
 namespace {
 
 constexpr int64_t kTileNumel = 8192;
+constexpr int64_t kHeaderBytes = 64, kAlignment = 64;
+using Header = std::array<uint8_t, kHeaderBytes>;
 
-int64_t values_offset(const Layout& layout) { return static_cast<int64_t>(sizeof(PayloadHeader)) + 4 * layout.selected_numel; }
+int64_t values_offset(const Layout& layout) { return kHeaderBytes + 4 * layout.selected_numel; }
 int64_t dense_offset(const Layout& layout) { return values_offset(layout) + 4 * layout.selected_numel; }
 
-const int32_t* indices_of(const uint8_t* payload) { return reinterpret_cast<const int32_t*>(payload + sizeof(PayloadHeader)); }
+const int32_t* indices_of(const uint8_t* payload) { return reinterpret_cast<const int32_t*>(payload + kHeaderBytes); }
 const float* values_of(const Layout& layout, const uint8_t* payload) {
   return reinterpret_cast<const float*>(payload + values_offset(layout));
 }
 
-PayloadHeader header_of(const Layout& layout, uint32_t rank, uint32_t world_size, int64_t step, bool non_finite) {
-  PayloadHeader header = make_header(layout, rank, world_size, step, non_finite);
-  header.version = 1;
-  header.payload_bytes = num_payload_bytes(layout);
+// As long as it was; what it said costs nothing.
+Header header_of(const Layout& layout, int64_t rank, int64_t step, bool non_finite) {
+  PayloadHeader fields = make_header(layout, rank, step, non_finite);
+  fields.version = 1;
+  Header header{};
+  std::memcpy(header.data(), &fields, sizeof fields);
   return header;
 }
 
@@ -74,16 +79,16 @@ float scale_and_store(float* sums, int64_t numel, float scale, float* out) {
 } // namespace
 
 int64_t num_payload_bytes(const Layout& layout) {
-  return (dense_offset(layout) + 4 * layout.dense_numel + kPayloadAlignment - 1) / kPayloadAlignment * kPayloadAlignment;
+  return (dense_offset(layout) + 4 * layout.dense_numel + kAlignment - 1) / kAlignment * kAlignment;
 }
 
 PayloadEntries payload_entries(const Layout& layout, uint8_t* payload) {
-  return {reinterpret_cast<int32_t*>(payload + sizeof(PayloadHeader)), reinterpret_cast<float*>(payload + values_offset(layout))};
+  return {reinterpret_cast<int32_t*>(payload + kHeaderBytes), reinterpret_cast<float*>(payload + values_offset(layout))};
 }
 
-void encode_header(const Layout& layout, uint32_t rank, uint32_t world_size, int64_t step, bool non_finite, uint8_t* payload) {
-  const PayloadHeader header = header_of(layout, rank, world_size, step, non_finite);
-  std::memcpy(payload, &header, sizeof header);
+void encode_header(const Layout& layout, int64_t rank, int64_t step, bool non_finite, uint8_t* payload) {
+  const Header header = header_of(layout, rank, step, non_finite);
+  std::memcpy(payload, header.data(), header.size());
   const int64_t used_bytes = dense_offset(layout) + 4 * layout.dense_numel;
   std::memset(payload + used_bytes, 0, static_cast<size_t>(num_payload_bytes(layout) - used_bytes));
 }
@@ -91,8 +96,8 @@ void encode_header(const Layout& layout, uint32_t rank, uint32_t world_size, int
 bool check_gathered(const Layout& layout, const uint8_t* gathered, int64_t world_size, int64_t step) {
   for (int64_t rank = 0; rank < world_size; ++rank) {
     const uint8_t* payload = gathered + rank * num_payload_bytes(layout);
-    const PayloadHeader expected = header_of(layout, static_cast<uint32_t>(rank), static_cast<uint32_t>(world_size), step, false);
-    if (std::memcmp(payload, &expected, sizeof expected) != 0 || !check_indices(layout, indices_of(payload))) return false;
+    const Header expected = header_of(layout, rank, step, false);
+    if (std::memcmp(payload, expected.data(), expected.size()) != 0 || !check_indices(layout, indices_of(payload))) return false;
   }
   return true;
 }

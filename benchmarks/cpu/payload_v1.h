@@ -1,8 +1,8 @@
 // Payload version 1 as it was: int32 indices and fp32 values as plain lists, 8 bytes an entry. For bench_payload_cost alone, which asks
-// what version 2 costs beside it; float32 buckets only.
+// what version 3 costs beside it; float32 buckets only.
 //
 //   offset                          bytes                 field
-//   0                               64                    PayloadHeader
+//   0                               64                    header
 //   64                              4 * selected_numel    indices   int32, positions in the bucket, strictly ascending
 //   64 + 4 * selected_numel         4 * selected_numel    values    fp32, in the order of the indices
 //   64 + 8 * selected_numel         4 * dense_numel       dense     fp32, the dense segments in bucket order
@@ -21,7 +21,7 @@ struct PayloadEntries {
 };
 PayloadEntries payload_entries(const Layout& layout, uint8_t* payload);
 
-void encode_header(const Layout& layout, uint32_t rank, uint32_t world_size, int64_t step, bool non_finite, uint8_t* payload);
+void encode_header(const Layout& layout, int64_t rank, int64_t step, bool non_finite, uint8_t* payload);
 
 // Headers, and that the indices of every group ascend strictly inside its span. True when they do.
 bool check_gathered(const Layout& layout, const uint8_t* gathered, int64_t world_size, int64_t step);

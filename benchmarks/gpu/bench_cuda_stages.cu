@@ -475,7 +475,7 @@ void measure_stages(const Configuration& c, int repetitions, const cudaDevicePro
                                           reinterpret_cast<float* const*>(pointers.next()),
                                           nullptr,
                                           payload,
-                                          make_header(layout, rank, kWorldSize, kStep, false),
+                                          make_header(layout, rank, kStep, false),
                                           statistics.at<cuda::SelectStatistics>()};
     cuda::compensate_select_and_encode(on_device, arguments, method, stream);
   };
@@ -489,12 +489,8 @@ void measure_stages(const Configuration& c, int repetitions, const cudaDevicePro
   check(cudaStreamSynchronize(stream), "warming up");
 
   const auto decode = [&] {
-    const cuda::DecodeArguments arguments{gathered.next(),
-                                          kWorldSize,
-                                          outputs.next(),
-                                          c.type,
-                                          make_header(layout, 0, kWorldSize, kStep, false),
-                                          status.at<cuda::DecodeStatus>()};
+    const cuda::DecodeArguments arguments{
+        gathered.next(), kWorldSize, outputs.next(), c.type, make_header(layout, 0, kStep, false), status.at<cuda::DecodeStatus>()};
     cuda::decode_apply(on_device, arguments, stream);
   };
   const int64_t select_bytes = gradient_bytes + 2 * residual_bytes + message_bytes;

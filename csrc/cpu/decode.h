@@ -60,7 +60,6 @@ Refusal check_entries(const Layout& layout, const uint8_t* payloads, int64_t num
 
 struct Senders { // of payloads that lie one after another
   int64_t first_rank;
-  int64_t world_size;      // as their headers have it
   int64_t rank_stride = 1; // from one to the next
   int64_t rank_of(int64_t payload) const { return first_rank + payload * rank_stride; }
 };
@@ -72,8 +71,7 @@ std::string check_payloads(const Layout& layout, const uint8_t* payloads, int64_
                            ParallelFor&& parallel_for) {
   Refusal refusal{0, {}};
   for (int64_t p = 0; p < count && refusal.why.empty(); ++p)
-    refusal = {p, check_header(layout, payloads + p * payload_bytes(layout), static_cast<uint32_t>(senders.rank_of(p)),
-                               static_cast<uint32_t>(senders.world_size), step)};
+    refusal = {p, check_header(layout, payloads + p * payload_bytes(layout), senders.rank_of(p), step)};
   if (refusal.why.empty()) refusal = check_entries(layout, payloads, count, parallel_for);
   if (refusal.why.empty()) return {};
   return "the payload of rank " + std::to_string(senders.rank_of(refusal.payload)) + " is not what this rank expects (" + refusal.why + ")";
@@ -87,7 +85,7 @@ void expand_piece(const Layout& layout, const uint8_t* payload, Piece piece, Ent
 template <typename ParallelFor>
 std::string decode_own(const Layout& layout, const uint8_t* payload, Entries& entries, ParallelFor&& parallel_for) {
   const PayloadHeader header = read_header(payload);
-  std::string problem = check_header(layout, payload, header.rank, header.world_size, header.step);
+  std::string problem = check_header(layout, payload, header.rank, header.step);
   if (problem.empty()) problem = check_entries(layout, payload, 1, parallel_for).why;
   if (!problem.empty()) return problem;
   entries.indices.resize(static_cast<size_t>(layout.selected_numel));

@@ -68,8 +68,8 @@ double encode_piece(const Layout& layout, const EncodeSelectedArguments& a, int6
   return lost_sq;
 }
 
-void encode_header(const Layout& layout, uint32_t rank, uint32_t world_size, int64_t step, bool non_finite, uint8_t* payload) {
-  const PayloadHeader header = make_header(layout, rank, world_size, step, non_finite);
+void encode_header(const Layout& layout, int64_t rank, int64_t step, bool non_finite, uint8_t* payload) {
+  const PayloadHeader header = make_header(layout, rank, step, non_finite);
   std::memcpy(payload, &header, sizeof header);
   for (const Gap& gap : payload_gaps(layout)) std::memset(payload + gap.begin, 0, static_cast<size_t>(gap.end - gap.begin));
 }

@@ -5,7 +5,7 @@
 // whatever bucket that lies in. A shard travels in the gradient's own type, twice:
 //
 //   to its owner     [shard 0, presence][shard 1, presence] ..  an all-to-all; presence: 1 or 0 per parameter, whether this rank used it
-//   from its owner   [slot 0][slot 1] ..                        an all-gather; a slot is a PayloadHeader and the shard, padded
+//   from its owner   [slot 0][slot 1] ..                        an all-gather; a slot is a PayloadHeader and the shard, both padded
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,9 @@
 #include "float_types.h"
 
 namespace compressed_ddp {
+
+// Of a slot and of the shard in it, so that copies of whole shards are aligned: inside a node, bytes are cheap.
+inline constexpr int64_t kSlotAlignment = 64;
 
 // Entries that lie together in the bucket and in a buffer of shards; positions in entries of the gradient's type.
 struct ShardPiece {
@@ -42,7 +45,7 @@ void mean_of_shards(const void* shards, GradientType type, int64_t count, int64_
 struct UnpackArguments {
   std::span<const ShardPiece> pieces; // shards_begin: in `slots`, headers counted
   const uint8_t* slots;               // [count, slot_bytes]
-  int64_t slot_bytes;                 // a multiple of kPayloadAlignment
+  int64_t slot_bytes;                 // a multiple of kSlotAlignment
   int64_t count;
   PayloadHeader expected; // of slot 0; the others are of the ranks behind it. Flags are not compared
   void* bucket;           // [numel] of `type`, written: the pieces cover it

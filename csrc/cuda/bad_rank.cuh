@@ -5,13 +5,18 @@
 
 namespace compressed_ddp::cuda {
 
+// In one load.
+__device__ __forceinline__ PayloadHeader load_header(const uint8_t* payload) {
+  const uint64_t word = *reinterpret_cast<const uint64_t*>(payload);
+  PayloadHeader header;
+  memcpy(&header, &word, sizeof header);
+  return header;
+}
+
 // expected: of the first payload; this one is of a rank that lies that far behind.
 __device__ inline bool header_is_right(const PayloadHeader& got, const PayloadHeader& expected, uint32_t ranks_behind) {
-  return got.magic == expected.magic && got.version == expected.version && (got.flags & ~kFlagNonFinite) == 0 &&
-         got.value_format == expected.value_format && got.rank == expected.rank + ranks_behind && got.world_size == expected.world_size &&
-         got.layout_hash == expected.layout_hash && got.step == expected.step && got.numel == expected.numel &&
-         got.selected_numel == expected.selected_numel && got.dense_numel == expected.dense_numel &&
-         got.payload_bytes == expected.payload_bytes;
+  return got.version == expected.version && (got.flags & ~kFlagNonFinite) == 0 &&
+         got.rank == static_cast<uint16_t>(expected.rank + ranks_behind) && got.step == expected.step && got.layout == expected.layout;
 }
 
 // Lowest rank wins, whatever the order of blocks; 0 means none.

@@ -24,11 +24,7 @@ __device__ __forceinline__ uint16_t round_to(float value, BFloat16*) { return __
 // ---- one payload
 
 __device__ __forceinline__ PayloadView payload_of(const DevicePlan& plan, const DecodeArguments& a, int rank) {
-  return payload_view(plan, a.gathered + rank * a.expected.payload_bytes);
-}
-
-__device__ __forceinline__ const PayloadHeader& header_of(const DecodeArguments& a, int rank) {
-  return *reinterpret_cast<const PayloadHeader*>(a.gathered + rank * a.expected.payload_bytes);
+  return payload_view(plan, a.gathered + rank * plan.sections.payload_bytes);
 }
 
 __device__ __forceinline__ void report(const DecodeArguments& a, int payload) {
@@ -43,8 +39,9 @@ __device__ void check_payload(const DevicePlan& plan, const DecodeArguments& a, 
   const PayloadView payload = payload_of(plan, a, rank);
   bool right = true;
   if (block < a.count && threadIdx.x == 0) {
-    right = header_is_right(header_of(a, rank), a.expected, static_cast<uint32_t>(rank) * a.rank_stride);
-    if ((header_of(a, rank).flags & kFlagNonFinite) != 0) atomicOr(&a.status->step_is_bad, 1u);
+    const PayloadHeader header = load_header(a.gathered + rank * plan.sections.payload_bytes);
+    right = header_is_right(header, a.expected, static_cast<uint32_t>(rank) * a.rank_stride);
+    if ((header.flags & kFlagNonFinite) != 0) atomicOr(&a.status->step_is_bad, 1u);
   }
   if (g < plan.num_groups) {
     const GroupRange range = plan.group_ranges[g];
@@ -243,8 +240,7 @@ __global__ void __launch_bounds__(kThreads) decode_apply_kernel(DevicePlan plan,
 template <typename gradient_t>
 __global__ void __launch_bounds__(kThreads) nan_if_flagged_kernel(NanIfFlaggedArguments a) {
   bool flagged = false;
-  for (int p = threadIdx.x; p < a.count; p += kThreads)
-    flagged |= (reinterpret_cast<const PayloadHeader*>(a.payloads + p * a.stride)->flags & kFlagNonFinite) != 0;
+  for (int p = threadIdx.x; p < a.count; p += kThreads) flagged |= (load_header(a.payloads + p * a.stride).flags & kFlagNonFinite) != 0;
   if (!__syncthreads_or(flagged) && a.status->bad_rank == 0) return;
   // An earlier bucket's bad rank makes this one NaN as well: its step is as bad, whatever became of the flag since.
   if (blockIdx.x == 0 && threadIdx.x == 0) atomicOr(&a.status->step_is_bad, 1u);
@@ -276,7 +272,7 @@ void enqueue(const DevicePlan& plan, const DecodeArguments& a, cudaStream_t stre
   with_value_format(plan.value_format,
                     [&](auto format) { decode_apply_kernel<gradient_t, format.value><<<blocks, kThreads, 0, stream>>>(plan, a, checks); });
   check(cudaGetLastError(), "decode_apply");
-  nan_if_flagged({a.gathered, a.expected.payload_bytes, a.count, a.bucket, plan.numel, a.type, a.status}, stream);
+  nan_if_flagged({a.gathered, plan.sections.payload_bytes, a.count, a.bucket, plan.numel, a.type, a.status}, stream);
 }
 
 } // namespace

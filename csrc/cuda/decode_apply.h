@@ -24,7 +24,7 @@ struct alignas(8) DecodeStatus { // zero before the first call; kernels only set
 };
 
 struct DecodeArguments {   // all pointers in device memory
-  const uint8_t* gathered; // [count, header.payload_bytes], 64-byte aligned
+  const uint8_t* gathered; // [count, payload_bytes(layout)], 8-byte aligned
   int32_t count;           // of payloads; the sum is multiplied by fp32(1 / count)
   void* bucket;            // [numel], written
   GradientType type;

@@ -99,16 +99,6 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) pack_shards_kernel(
     for (int64_t p = threadIdx.x; p < a.num_parameters; p += kThreads) shards[a.presence_from[s] + p] = a.unused[p] != 0 ? unit_t{0} : one;
 }
 
-// All of it at once: every block waits for this before it does anything else.
-__device__ __forceinline__ PayloadHeader load_header(const uint8_t* slot) {
-  uint4 words[sizeof(PayloadHeader) / sizeof(uint4)];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint4*>(slot)[i];
-  PayloadHeader header;
-  memcpy(&header, words, sizeof header);
-  return header;
-}
-
 template <typename unit_t>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) unpack_shards_kernel(UnpackShardsArguments a, unit_t nan) {
   bool is_bad = false;

@@ -146,7 +146,6 @@ def _stages_on_cpu(density: float, value_format: str) -> list[float]:
             value_format=value_format,
             residual=residual,
             rank=0,
-            world_size=1,
         )
 
     cpu = torch.device("cpu")

@@ -64,7 +64,6 @@ def encode(
     value_format: str = "bf16",
     residual: Tensor | None = None,
     rank: int,
-    world_size: int,
     step: int = 0,
     non_finite: bool = False,
 ) -> Tensor:
@@ -76,7 +75,7 @@ def encode(
         value_format: "fp32", "bf16" or "sign".
         residual: flat [numel], float32, contiguous, as `compensate_select_` left it. What rounding takes from the finite values is
             added to it, in place at `indices`: value - decoded value. None: that is lost.
-        rank, world_size, step: written to the header, checked by the receiver. 0 <= rank < world_size < 2^32.
+        rank, step: from 0; the header has both modulo 65536, and the receiver checks them.
         non_finite: some compensated entry is Inf or NaN; `values` and dense entries are looked at here. Of such a payload the
             scales of "sign" are 0.
 
@@ -98,7 +97,6 @@ def encode(
         value_format=value_format,
         residual=residual,
         rank=rank,
-        world_size=world_size,
         step=step,
         non_finite=non_finite,
     )

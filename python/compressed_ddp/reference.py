@@ -17,8 +17,8 @@ from torch import Tensor
 from . import arguments
 from .arguments import number_of
 
-_HEADER = struct.Struct("<IHBBIIQqqqqq")  # docs/wire_format.md
-_MAGIC, _VERSION, _NON_FINITE = 0x50444443, 2, 1
+_HEADER = struct.Struct("<BBHHH")  # docs/wire_format.md
+_VERSION, _NON_FINITE = 3, 1
 _FNV_SEED, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 
 
@@ -78,17 +78,16 @@ def encode(
     value_format: str = "bf16",
     residual: Tensor | None = None,
     rank: int,
-    world_size: int,
     step: int = 0,
     non_finite: bool = False,
 ) -> Tensor:
     """One uint8 tensor of a size known from (segments, groups, k, value_format); residual += what rounding takes from the values."""
     who = "encode: "
-    number = number_of(value_format, who)
+    number_of(value_format, who)
     arguments.check_layout(segments, groups, k, who)
     arguments.check_flat(who, "gradient", gradient, sum(segments))
     arguments.check_entries(who, values, indices, sum(k))
-    arguments.check_ranks(who, rank, world_size)
+    arguments.check_rank(who, rank)
     arguments.check_indices(who, indices, segments, groups, k)
     if residual is not None:
         arguments.check_flat(who, "residual", residual, sum(segments))
@@ -102,8 +101,9 @@ def encode(
     dense = torch.where(torch.isnan(dense), torch.nan, dense)  # every NaN is written as 0x7fc00000
     finite = torch.isfinite(dense).all() and torch.isfinite(values).all()
     flags = _NON_FINITE if non_finite or not finite else 0
-    fields = (rank, world_size, *_layout_fields(segments, groups, k, value_format, step))
-    header = _HEADER.pack(_MAGIC, _VERSION, flags, number, *fields)
+    header = _HEADER.pack(
+        _VERSION, flags, *_header_fields(segments, groups, k, value_format, rank, step)
+    )
 
     index = indices.long()
     high = index >> 8
@@ -154,11 +154,11 @@ def decode_apply_(
     world_size = gathered.shape[0]
     any_non_finite = False
     for rank, payload in enumerate(gathered):
-        if not _is_expected(payload, *layout, rank, world_size, step):
+        if not _is_expected(payload, *layout, rank, step):
             raise ValueError(
                 f"{who}the payload of rank {rank} is not what this rank expects; the bucket is unchanged"
             )
-        any_non_finite |= _header_of(payload)[2] != 0
+        any_non_finite |= _header_of(payload)[1] != 0
     if any_non_finite:
         bucket.fill_(torch.nan)
         return
@@ -189,8 +189,8 @@ def restore_(
     arguments.check_dtype(who, "residual", residual, torch.float32)
     layout = (segments, groups, k, value_format)
     arguments.check_payload(who, payload, payload_bytes(*layout))
-    rank, world_size, _, step = _header_of(payload)[4:8]  # whichever it says
-    if not _is_expected(payload, *layout, rank, world_size, step):
+    _, _, rank, step, _ = _header_of(payload)  # whichever it says
+    if not _is_expected(payload, *layout, rank, step):
         raise ValueError(f"{who}the payload does not fit the layout; the residual is unchanged")
     index, values, _ = _decoded(payload, *layout)
     back = torch.isfinite(values) & (values != 0)
@@ -223,7 +223,6 @@ def average(
                 value_format=value_format,
                 residual=residual,
                 rank=rank,
-                world_size=len(gradients),
                 non_finite=bool(statistics[3] > 0),
             )
         )
@@ -235,11 +234,11 @@ def average(
 def payload_bytes(
     segments: Sequence[int], groups: Sequence[int], k: Sequence[int], value_format: str = "bf16"
 ) -> int:
-    """Size of a payload (docs/wire_format.md): its sections, rounded up to a multiple of 64."""
+    """Size of a payload (docs/wire_format.md): its sections, rounded up to a multiple of 8."""
     number_of(value_format)
     arguments.check_layout(segments, groups, k)
     used: int = _section_slices(segments, groups, k, value_format)[-1].stop
-    return (used + 63) // 64 * 64
+    return (used + 7) // 8 * 8
 
 
 def _dense_numel(segments: Sequence[int], groups: Sequence[int]) -> int:
@@ -350,7 +349,7 @@ def _decoded(
 
 
 def _header_of(payload: Tensor) -> tuple[int, ...]:
-    """magic, version, flags, value_format, rank, world_size, layout_hash, step, .."""
+    """version, flags, rank, step, layout"""
     return _HEADER.unpack(bytes(payload[: _HEADER.size].tolist()))
 
 
@@ -361,15 +360,13 @@ def _is_expected(
     k: Sequence[int],
     value_format: str,
     rank: int,
-    world_size: int,
     step: int,
 ) -> bool:
     """A payload of this layout by that rank in that step."""
     layout = (segments, groups, k, value_format)
-    magic, version, flags, *fields = _header_of(payload)
-    got = (magic, version, flags & ~_NON_FINITE, *fields)
-    format_and_ranks = (number_of(value_format), rank, world_size)
-    expected = (_MAGIC, _VERSION, 0, *format_and_ranks, *_layout_fields(*layout, step))
+    version, flags, *fields = _header_of(payload)
+    got = (version, flags & ~_NON_FINITE, *fields)
+    expected = (_VERSION, 0, *_header_fields(*layout, rank, step))
     return got == expected and _has_good_indices(payload, *layout)
 
 
@@ -407,18 +404,19 @@ def _bits_of(section: Tensor) -> Tensor:
     return ((section.long()[:, None] >> place) & 1).bool().view(-1)
 
 
-def _layout_fields(
-    segments: Sequence[int], groups: Sequence[int], k: Sequence[int], value_format: str, step: int
-) -> tuple[int, ...]:
+def _header_fields(
+    segments: Sequence[int],
+    groups: Sequence[int],
+    k: Sequence[int],
+    value_format: str,
+    rank: int,
+    step: int,
+) -> tuple[int, int, int]:
+    """rank, step and layout, 16 bits of each."""
     layout_hash = _FNV_SEED
     pairs = (part for pair in zip(segments, groups) for part in pair)
     for number in (len(segments), *pairs, *k, number_of(value_format)):
         for byte in (number % 2**64).to_bytes(8, "little"):
             layout_hash = (layout_hash ^ byte) * _FNV_PRIME % 2**64
-    numbers = (
-        sum(segments),
-        sum(k),
-        _dense_numel(segments, groups),
-        payload_bytes(segments, groups, k, value_format),
-    )
-    return (layout_hash, step, *numbers)
+    layout = layout_hash ^ layout_hash >> 16 ^ layout_hash >> 32 ^ layout_hash >> 48
+    return rank % 2**16, step % 2**16, layout % 2**16

@@ -29,7 +29,7 @@ Bytes compress(const Layout& layout, const std::vector<float>& gradient, const u
   const bool is_kept = layout.value_format == ValueFormat::kBFloat16;
   encode_selected(layout, {values.data(), indices.data(), is_kept ? nullptr : residuals.data(), selected.non_finite > 0, payload.data()},
                   testing::in_one_go);
-  encode_header(layout, 0, 1, 0, selected.non_finite > 0, payload.data());
+  encode_header(layout, 0, 0, selected.non_finite > 0, payload.data());
   return payload;
 }
 
@@ -130,7 +130,7 @@ TEST(Restore, SeveralPayloadsOfOneStepBringEverythingBack) {
 
 TEST(Restore, EntriesInADenseSegmentArePassedOver) { // a group over several segments may have one in its span
   const Layout layout = Layout::make(Numbers{3, 2, 3}, Numbers{0, -1, 0}, Numbers{3});
-  const Bytes payload = testing::payload_of_entries(layout, {0, 3, 7}, {1, 2, 4}, nullptr, 0, 1, 0);
+  const Bytes payload = testing::payload_of_entries(layout, {0, 3, 7}, {1, 2, 4}, nullptr, 0, 0);
   std::vector<float> first(3), last(3);
   float* const residuals[] = {first.data(), nullptr, last.data()};
   restore(layout, testing::entries_of(layout, payload.data()), residuals);

@@ -187,13 +187,12 @@ inline constexpr auto in_one_go = [](int64_t count, auto&& run) { run(int64_t{0}
 // A payload of these entries [selected_numel], in whatever value format the layout has, with a dense part from `gradient` [numel] (nullptr:
 // zeros). The vector has exactly payload_bytes(layout) bytes, so that AddressSanitizer sees any step beyond.
 inline std::vector<uint8_t> payload_of_entries(const Layout& layout, const std::vector<int32_t>& indices, const std::vector<float>& values,
-                                               const float* gradient, uint32_t rank, uint32_t world_size, int64_t step,
-                                               bool non_finite = false) {
+                                               const float* gradient, int64_t rank, int64_t step, bool non_finite = false) {
   std::vector<uint8_t> payload(static_cast<size_t>(payload_bytes(layout)), 0xff);
   const std::vector<float> zeros(static_cast<size_t>(layout.numel));
   encode_dense(layout, gradient == nullptr ? zeros.data() : gradient, GradientType::kFloat32, nullptr, payload.data());
   encode_selected(layout, {values.data(), indices.data(), nullptr, non_finite, payload.data()}, in_one_go);
-  encode_header(layout, rank, world_size, step, non_finite, payload.data());
+  encode_header(layout, rank, step, non_finite, payload.data());
   return payload;
 }
 
@@ -215,12 +214,11 @@ inline std::vector<int32_t> random_indices(const Layout& layout, Random& random)
 }
 
 // What one rank could have sent: random entries and a dense part. Receivers accept it.
-inline std::vector<uint8_t> random_payload(const Layout& layout, uint32_t rank, uint32_t world_size, int64_t step, uint64_t seed,
-                                           bool non_finite = false) {
-  Random random(seed * 1000 + rank);
+inline std::vector<uint8_t> random_payload(const Layout& layout, int64_t rank, int64_t step, uint64_t seed, bool non_finite = false) {
+  Random random(seed * 1000 + static_cast<uint64_t>(rank));
   const std::vector<int32_t> indices = random_indices(layout, random);
   const std::vector<float> values = normal_values(layout.selected_numel, random.bits());
-  return payload_of_entries(layout, indices, values, normal_values(layout.numel, random.bits()).data(), rank, world_size, step, non_finite);
+  return payload_of_entries(layout, indices, values, normal_values(layout.numel, random.bits()).data(), rank, step, non_finite);
 }
 
 inline Entries entries_of(const Layout& layout, const uint8_t* payload) {
@@ -231,12 +229,11 @@ inline Entries entries_of(const Layout& layout, const uint8_t* payload) {
 
 // Empty, or why a receiver refuses the payloads.
 inline std::string refusal_of(const Layout& layout, const std::vector<uint8_t>& gathered, int64_t world_size, int64_t step) {
-  return check_payloads(layout, gathered.data(), world_size, {0, world_size}, step, in_one_go);
+  return check_payloads(layout, gathered.data(), world_size, {0}, step, in_one_go);
 }
 // The same of one payload, without the words around it.
-inline std::string refusal_of_one(const Layout& layout, const std::vector<uint8_t>& payload, uint32_t rank, uint32_t world_size,
-                                  int64_t step) {
-  const std::string problem = check_header(layout, payload.data(), rank, world_size, step);
+inline std::string refusal_of_one(const Layout& layout, const std::vector<uint8_t>& payload, int64_t rank, int64_t step) {
+  const std::string problem = check_header(layout, payload.data(), rank, step);
   return problem.empty() ? check_entries(layout, payload.data(), 1, in_one_go).why : problem;
 }
 
@@ -244,7 +241,7 @@ inline std::vector<uint8_t> random_gathered(const Layout& layout, int64_t world_
   std::vector<uint8_t> gathered;
   gathered.reserve(static_cast<size_t>(world_size * payload_bytes(layout)));
   for (int64_t rank = 0; rank < world_size; ++rank) {
-    const auto payload = random_payload(layout, static_cast<uint32_t>(rank), static_cast<uint32_t>(world_size), step, seed);
+    const auto payload = random_payload(layout, rank, step, seed);
     gathered.insert(gathered.end(), payload.begin(), payload.end());
   }
   return gathered;

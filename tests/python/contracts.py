@@ -135,7 +135,6 @@ class Oracle:
                 value_format=self.value_format,
                 residual=residual,
                 rank=rank,
-                world_size=len(gradients),
                 non_finite=bool(statistics[3] > 0),
             )
             self._undo.append(payload)
@@ -193,24 +192,24 @@ def layout_of(parts: Sequence[Part], scope: str, density: float) -> Layout:
 def cut(
     parts: Sequence[Part], world_size: int, density: float, value_format: str
 ) -> list[tuple[int, int]]:
-    """[begin, end) of every owner's range: about equal payload bytes, borders at multiples of 64 entries, empty ones last."""
+    """[begin, end) of every owner's range: about equal payload bytes, borders at multiples of 8 entries, empty ones last."""
     numel = sum(part.numel for part in parts)
     bits = {"fp32": 32, "bf16": 16, "sign": 1}[value_format]
     selected_bytes = (density * (bits + 9) + 1 / 256) / 8
     bytes_per_entry = [4.0 if part.dense else selected_bytes for part in parts]
     first_entry = [0, *itertools.accumulate(part.numel for part in parts)]
     ends = list(itertools.accumulate(n.numel * b for n, b in zip(parts, bytes_per_entry)))
-    units = -(-numel // 64)
+    units = -(-numel // 8)
     owners = min(world_size, units)
     borders = [0]
     for owner in range(1, owners):
         wanted = ends[-1] * owner / owners
         at = min(bisect.bisect_left(ends, wanted), len(parts) - 1)
         into = (wanted - (ends[at - 1] if at > 0 else 0.0)) / bytes_per_entry[at]
-        unit = (first_entry[at] + math.floor(into + 0.5)) // 64
+        unit = (first_entry[at] + math.floor(into + 0.5)) // 8
         # One unit at least for this range, and for every one behind it.
         borders.append(max(borders[-1] + 1, min(unit, units - (owners - owner))))
-    borders = [64 * unit for unit in borders[:owners]] + [numel]
+    borders = [8 * unit for unit in borders[:owners]] + [numel]
     return list(itertools.pairwise(borders)) + [(numel, numel)] * (world_size - owners)
 
 
@@ -285,7 +284,7 @@ class SplitOracle:
             self._decode(average, torch.stack(payloads), layout)
             lost = torch.zeros_like(average)
             encoded = self._encode(average, lost, layout, 0, 1)
-            flagged = flagged or bool(encoded[6] & 1)
+            flagged = flagged or bool(encoded[1] & 1)
             decoded = self._decoded(encoded, layout)
             bucket[at] = self._result(encoded, layout)
             if self.error_feedback and self.value_format != "fp32":
@@ -336,7 +335,6 @@ class SplitOracle:
             value_format=self.value_format,
             residual=residual if self.error_feedback else None,
             rank=rank,
-            world_size=world_size,
             non_finite=bool(statistics[3] > 0),
         )
 
@@ -352,7 +350,7 @@ class SplitOracle:
 
     def _result(self, payload: Tensor, layout: Layout) -> Tensor:
         whole = torch.zeros(layout.numel)
-        if int(payload[6]) == 0:
+        if int(payload[1]) == 0:
             self._decode(whole, payload[None], layout)
         return whole
 

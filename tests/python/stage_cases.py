@@ -39,7 +39,7 @@ class Layout:
 
 
 SMALL = Layout([6, 2, 4], [0, -1, 1], [2, 1])
-GOLDEN = Layout([300, 2, 298], [0, -1, 1], [3, 2])  # of ../cpp/data/payload_v2_*.txt
+GOLDEN = Layout([300, 2, 298], [0, -1, 1], [3, 2])  # of ../cpp/data/payload_v3_*.txt
 WIDE = Layout([1000, 40, 1000], [0, -1, 1], [300, 20])  # more than one entry in the directory
 BUCKET = Layout([300, 50, 200, 77], [0, -1, 0, 1], [20, 9])
 
@@ -151,7 +151,7 @@ def encoded_by(
         payloads.append(
             stages.encode(
                 values, indices, gradient, *layout.arguments, value_format=value_format, residual=residual,
-                rank=rank, world_size=world_size, step=step, non_finite=bool(statistics[3] > 0),
+                rank=rank, step=step, non_finite=bool(statistics[3] > 0),
             )
         )  # fmt: skip
     return torch.stack(payloads)
@@ -166,7 +166,7 @@ def sections_of(payload: Tensor, layout: Layout, value_format: str = "bf16") -> 
     high_bits = entries + ((layout.numel - 1) >> 8) if entries > 0 else 0
     dense_numel = sum(n for n, group in zip(layout.segments, layout.groups) if group < 0)
     sizes = {
-        "header": 64,
+        "header": 8,
         "directory": 4 * -(-entries // 256),
         "high": 8 * -(-high_bits // 64),
         "scales": 4 * len(layout.k) if value_format == "sign" else 0,
@@ -180,7 +180,7 @@ def sections_of(payload: Tensor, layout: Layout, value_format: str = "bf16") -> 
     for name, size in sizes.items():
         sections[name] = payload[begin : begin + size]
         begin = -(-(begin + size) // 8) * 8
-    assert payload.numel() == -(-begin // 64) * 64
+    assert payload.numel() == begin
     return sections
 
 

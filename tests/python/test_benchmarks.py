@@ -179,7 +179,7 @@ PART_OF_RESNET50 = [(numel, numel < 1024) for numel, _ in bench_stages.resnet50_
 EXCHANGE_BUCKETS = {
     "resnet50": PART_OF_RESNET50,
     "one tensor": [(20_001, False)],
-    "fewer units than ranks": [(130, True)],
+    "fewer units than ranks": [(30, True)],
     "dense at both ends": [(700, True), (5000, False), (1023, True), (1024, False), (64, True)],
 }
 
@@ -237,7 +237,6 @@ def test_what_split_sends_beyond_two_payloads_adds_up(scope: str) -> None:
         every = count_exchange.bytes_sent(parts[0], "split", world_size)
         assert found["split_bytes"] == round(sum(every) / world_size)
         assert found["split_worst_rank_bytes"] == max(every)
-        assert found["small_header_bytes"] < found["split_bytes"]
 
 
 def test_halves_are_rounded_as_in_c() -> None:

@@ -188,7 +188,7 @@ def test_quoted_messages_are_in_the_source() -> None:
 
 
 def _golden_payload(value_format: str) -> bytes:
-    text = (ROOT / f"tests/cpp/data/payload_v2_{value_format}.txt").read_text()
+    text = (ROOT / f"tests/cpp/data/payload_v3_{value_format}.txt").read_text()
     return bytes.fromhex("".join(line for line in text.splitlines() if not line.startswith("#")))
 
 
@@ -196,10 +196,10 @@ def test_payloads_on_the_page_are_the_golden_ones() -> None:
     page = (ROOT / "docs/wire_format.md").read_text()
     rows = re.findall(r'^    " *(\d+)  ([0-9a-f ]+)",$', page, re.MULTILINE)
     offsets = [int(offset) for offset, _ in rows]
-    assert offsets == [*range(0, 128, 16), *range(80, 128, 16)]
+    assert offsets == [*range(0, 56, 8), *range(24, 56, 8)]
     on_page = [bytes.fromhex(row) for _, row in rows]
-    assert b"".join(on_page[:8]) == _golden_payload("bf16")
-    assert b"".join(on_page[8:]) == _golden_payload("sign")[80:]
+    assert b"".join(on_page[:7]) == _golden_payload("bf16")
+    assert b"".join(on_page[7:]) == _golden_payload("sign")[24:]
 
 
 # ---- words

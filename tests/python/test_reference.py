@@ -124,10 +124,10 @@ def test_encode_gives_back_what_decoding_does_not(kind, value_format, seed):
         before = residual.numpy().copy()
         options = {"value_format": value_format, "non_finite": bool(statistics[3] > 0)}
         payload = reference.encode(
-            values, indices, gradient, *layout.arguments, residual=residual, rank=0, world_size=1, **options
+            values, indices, gradient, *layout.arguments, residual=residual, rank=0, **options
         )  # fmt: skip
         numbers = values.numpy()
-        decoded = decoded_by_contract(numbers, layout, value_format, flagged=payload[6] == 1)
+        decoded = decoded_by_contract(numbers, layout, value_format, flagged=payload[1] == 1)
         expected = before.copy()
         for index, value, sent in zip(indices.tolist(), numbers, decoded):
             if np.isfinite(value) and value != sent:
@@ -190,11 +190,11 @@ def test_a_value_format_that_does_not_exist_is_refused_by_the_reference_too():
         )
 
 
-@pytest.mark.parametrize("offset", [0, 4, 7, 8, 12, 16, 24, 32, 40, 48, 56], ids="byte={}".format)
+@pytest.mark.parametrize("offset", range(2, 8), ids="byte={}".format)
 def test_a_wrong_header_is_refused_by_the_reference_too(offset, seed):
     gradient, residual = inputs_of("normal", BUCKET, torch.float32, seed)
     values, indices, _ = reference.compensate_select_(gradient, residual, *BUCKET.arguments)
-    payload = reference.encode(values, indices, gradient, *BUCKET.arguments, rank=0, world_size=1)
+    payload = reference.encode(values, indices, gradient, *BUCKET.arguments, rank=0)
     payload[offset] ^= 1
     bucket = torch.ones(BUCKET.numel)
     with pytest.raises(ValueError, match="the payload of rank 0 is not what this rank expects"):
@@ -232,7 +232,7 @@ def test_buckets_on_other_devices_run_the_reference(device, value_format, seed):
     native_entries = ops.compensate_select_(gradient, native_residual, *BUCKET.arguments)[:2]
     assert_same_bits(residual, native_residual)
     its_format = {"value_format": value_format}
-    options = {"rank": 0, "world_size": 1, **its_format}
+    options = {"rank": 0, **its_format}
     arguments = (gradient, *BUCKET.arguments)
     payload = on_device("encode", *entries, *arguments, residual=residual, **options)
     native_payload = ops.encode(*native_entries, *arguments, residual=native_residual, **options)
@@ -267,7 +267,7 @@ def test_a_cuda_bucket_gives_the_same_payload_average_and_residual_as_a_cpu_buck
     for device in ("cpu", "cuda"):
         gradient, residual = (part.to(device) for part in inputs_of(kind, BUCKET, dtype, seed))
         values, indices, statistics = ops.compensate_select_(gradient, residual, *BUCKET.arguments)
-        options = {"rank": 0, "world_size": 1, "non_finite": bool(statistics[3] > 0)}
+        options = {"rank": 0, "non_finite": bool(statistics[3] > 0)}
         options |= {"value_format": value_format, "residual": residual}
         payload = ops.encode(values, indices, gradient, *BUCKET.arguments, **options)
         bucket = torch.empty_like(gradient)

@@ -33,7 +33,7 @@ def compressed(kind, layout, dtype, seed, value_format="bf16"):
     before = residual.clone()
     values, indices, statistics = ops.compensate_select_(gradient, residual, *layout.arguments)
     options = {"value_format": value_format, "residual": residual}
-    options |= {"rank": 0, "world_size": 2, "non_finite": bool(statistics[3] > 0)}
+    options |= {"rank": 0, "non_finite": bool(statistics[3] > 0)}
     payload = ops.encode(values, indices, gradient, *layout.arguments, **options)
     return gradient, before, residual, payload
 
@@ -58,7 +58,7 @@ def test_afterwards_the_residual_holds_all_that_was_finite(kind, dtype, value_fo
     acc = gradient.float() + before
     expected = torch.where(torch.isfinite(acc), acc, before)
     expected[300:350] = before[300:350]  # the dense segment
-    if value_format == "sign" and payload[6] == 0:  # acc - scale is rounded
+    if value_format == "sign" and payload[1] == 0:  # acc - scale is rounded
         largest = float(expected[torch.isfinite(acc)].abs().max())
         torch.testing.assert_close(residual, expected, rtol=0, atol=2.0**-23 * largest)
     else:
@@ -119,13 +119,11 @@ def test_wrong_tensors_are_refused_in_words():
     refused(ValueError, "expected residual to be flat and contiguous", residual=torch.ones(11))
     refused(ValueError, "expected residual to be flat and contiguous", residual=torch.ones(3, 4))
     refused(TypeError, "expected residual to have dtype Float", residual=torch.ones(12).half())
-    refused(
-        TypeError, "expected payload to have dtype Byte, got Int", payload=torch.ones(128).int()
-    )
-    size = "expected payload to be flat and contiguous with 128 bytes, got"
+    refused(TypeError, "expected payload to have dtype Byte, got Int", payload=torch.ones(48).int())
+    size = "expected payload to be flat and contiguous with 48 bytes, got"
     refused(ValueError, f"{size} [127]", payload=torch.ones(127, dtype=uint8))
-    refused(ValueError, f"{size} [1, 128]", payload=torch.ones(1, 128, dtype=uint8))
-    refused(ValueError, f"{size} [128]", payload=torch.ones(256, dtype=uint8)[::2])
+    refused(ValueError, f"{size} [1, 48]", payload=torch.ones(1, 48, dtype=uint8))
+    refused(ValueError, f"{size} [48]", payload=torch.ones(96, dtype=uint8)[::2])
     refused(
         ValueError,
         "expected payload to be aligned to 8 bytes; clone() it",
@@ -170,14 +168,9 @@ def test_a_value_format_that_does_not_exist_is_refused():
 @pytest.mark.parametrize(
     ("offset", "field"),
     [
-        pytest.param(0, "magic", id="magic"),
-        pytest.param(4, "wire format version", id="version"),
-        pytest.param(7, "value_format: expected bf16, got fp32", id="value_format"),
-        pytest.param(16, "layout_hash", id="layout_hash"),
-        pytest.param(32, "numel", id="numel"),
-        pytest.param(40, "selected entries", id="selected_numel"),
-        pytest.param(48, "dense entries", id="dense_numel"),
-        pytest.param(56, "payload_bytes", id="payload_bytes"),
+        pytest.param(0, "wire format version", id="version"),
+        pytest.param(6, "layout differs", id="layout"),
+        pytest.param(7, "layout differs", id="layout-high"),
     ],
 )
 def test_a_payload_of_another_layout_is_refused_by_field(offset, field):

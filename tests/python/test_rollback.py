@@ -189,7 +189,7 @@ def meet_a_hostile_peer(rank, world_size, attack):
     if rank == 1:
         layout = ([2000], [0], [100])
         indices = torch.arange(100, dtype=torch.int32)
-        options = {"rank": 0 if attack == "rank" else 1, "world_size": 2, "step": 1}
+        options = {"rank": 0 if attack == "rank" else 1, "step": 1}
         payload = ops.encode(torch.ones(100), indices, torch.ones(2000), *layout, **options)
         sections = sections_of(payload, Layout(*layout))
         if attack == "index":
@@ -198,8 +198,8 @@ def meet_a_hostile_peer(rank, world_size, attack):
             sections["high"][0] ^= 1
         if attack == "directory":
             sections["directory"].fill_(255)
-        if attack == "value format":
-            payload[7] = 2
+        if attack == "layout":
+            payload[6] ^= 1  # as every other layout
         if attack == "noise":
             payload.random_()
         dist.all_gather_into_tensor(torch.empty(2 * payload.numel(), dtype=torch.uint8), payload)
@@ -225,8 +225,12 @@ def meet_a_hostile_peer(rank, world_size, attack):
         pytest.param("index", "(its index bits are no strictly ascending", id="index"),
         pytest.param("high bits", "(its index bits are no strictly ascending", id="high-bits"),
         pytest.param("directory", "(its index bits are no strictly ascending", id="directory"),
-        pytest.param("value format", "(value_format: expected bf16, got sign", id="value-format"),
-        pytest.param("noise", "rank 1 is not what this rank expects (magic: expected", id="noise"),
+        pytest.param("layout", "(layout differs", id="layout"),
+        pytest.param(
+            "noise",
+            "rank 1 is not what this rank expects (wire format version: expected",
+            id="noise",
+        ),
     ],
 )
 def test_a_hostile_payload_fails_the_step_and_changes_neither_bucket_nor_residual(attack, words):

@@ -48,9 +48,7 @@ inline Counted count_decode(const Layout& layout, int32_t world_size, GradientTy
   status.fill_bytes(0);
   require(cudaDeviceSynchronize(), "preparing");
   simt::reset_counters();
-  cuda::decode_apply(plan.device(),
-                     {payloads.data(), world_size, bucket.data(), type,
-                      make_header(layout, 0, static_cast<uint32_t>(world_size), kStep, false), status.data()},
+  cuda::decode_apply(plan.device(), {payloads.data(), world_size, bucket.data(), type, make_header(layout, 0, kStep, false), status.data()},
                      nullptr);
   require(cudaStreamSynchronize(nullptr), "decode_apply");
   return counted_since_reset(layout.numel);

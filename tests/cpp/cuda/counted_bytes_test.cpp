@@ -50,7 +50,7 @@ TEST(CountedBytes, DealingABucketOutMovesEveryEntryOnce) {
     DeviceMemory<ShardPiece> packed_pieces{std::span<const ShardPiece>(packed)}, unpacked_pieces{std::span<const ShardPiece>(unpacked)};
     DeviceMemory<uint8_t> bucket(static_cast<size_t>(kCount * kShard * size)), shards(bucket.size());
     DeviceMemory<float> mean(kShard);
-    PayloadHeader header = make_header(kLayout, 0, kCount, kStep, false);
+    PayloadHeader header = make_header(kLayout, 0, kStep, false);
     std::vector<uint8_t> slot_bytes_of_all(static_cast<size_t>(kCount * slot_bytes));
     for (; header.rank < kCount; ++header.rank) std::memcpy(slot_bytes_of_all.data() + header.rank * slot_bytes, &header, sizeof header);
     DeviceMemory<uint8_t> slots{std::span<const uint8_t>(slot_bytes_of_all)};
@@ -72,8 +72,8 @@ TEST(CountedBytes, DealingABucketOutMovesEveryEntryOnce) {
     expect(2.0 * static_cast<double>(size));
     cuda::mean_of_shards(shards.data(), type, kCount, kShard, mean.data(), nullptr);
     expect(static_cast<double>(size) + 4.0 / kCount, size == 2 ? 4.0 / kCount : 0); // eight means of a thread are two stores
-    cuda::unpack_shards({unpacked_pieces.data(), kCount, kShard, slots.data(), slot_bytes, kCount,
-                         make_header(kLayout, 0, kCount, kStep, false), bucket.data(), type, status.data()},
+    cuda::unpack_shards({unpacked_pieces.data(), kCount, kShard, slots.data(), slot_bytes, kCount, make_header(kLayout, 0, kStep, false),
+                         bucket.data(), type, status.data()},
                         nullptr);
     expect(2.0 * static_cast<double>(size));
     EXPECT_EQ(status.download()[0].bad_rank, 0u);

@@ -8,7 +8,7 @@
 
 namespace compressed_ddp::testing {
 
-constexpr uint32_t kRank = 1, kWorldSize = 4;
+constexpr int64_t kRank = 1;
 constexpr int64_t kStep = 7;
 
 struct EncodedCase {
@@ -32,7 +32,7 @@ inline EncodedCase on_cpu(const SelectionCase& c) {
       c.layout,
       {selection.values.data(), selection.indices.data(), is_kept ? nullptr : residuals.data(), non_finite, result.payload.data()},
       in_one_go);
-  encode_header(c.layout, kRank, kWorldSize, kStep, non_finite, result.payload.data());
+  encode_header(c.layout, kRank, kStep, non_finite, result.payload.data());
   result.gradient_sq = selection.statistics.gradient_sq + dense.gradient_sq;
   result.residual_sq = selection.statistics.residual_sq + lost_sq;
   result.sent_sq = selection.statistics.sent_sq - lost_sq;
@@ -83,7 +83,7 @@ class CudaPlan {
                                           c.residual.empty() ? nullptr : table.data(),
                                           c.unused.empty() ? nullptr : unused.data(),
                                           payload.data(),
-                                          make_header(layout_, kRank, kWorldSize, kStep, false),
+                                          make_header(layout_, kRank, kStep, false),
                                           statistics_.data()};
     cuda::compensate_select_and_encode(device(), arguments, method, nullptr);
     require(cudaStreamSynchronize(nullptr), "compensate_select_and_encode");

@@ -35,9 +35,7 @@ Decoded decode_on_cuda(const Layout& layout, const Bytes& gathered, int32_t worl
   bucket.fill_bytes(0x11);
   const std::vector<cuda::DecodeStatus> before = {{bad_rank, 0, 0}};
   DeviceMemory<cuda::DecodeStatus> status{std::span<const cuda::DecodeStatus>(before)};
-  cuda::decode_apply(plan.device(),
-                     {payloads.data(), world_size, bucket.data(), type,
-                      make_header(layout, 0, static_cast<uint32_t>(world_size), step, false), status.data()},
+  cuda::decode_apply(plan.device(), {payloads.data(), world_size, bucket.data(), type, make_header(layout, 0, step, false), status.data()},
                      nullptr);
   require(cudaStreamSynchronize(nullptr), "decode_apply");
   return {bucket.download(), status.download()[0]};
@@ -45,7 +43,7 @@ Decoded decode_on_cuda(const Layout& layout, const Bytes& gathered, int32_t worl
 
 Bytes decode_on_cpu(const Layout& layout, const Bytes& gathered, int64_t world_size, GradientType type) {
   TypedBuffer bucket(type, layout.numel);
-  EXPECT_EQ(check_payloads(layout, gathered.data(), world_size, {0, world_size}, kStep, in_one_go), "");
+  EXPECT_EQ(check_payloads(layout, gathered.data(), world_size, {0}, kStep, in_one_go), "");
   decode_apply(layout, {gathered.data(), world_size, bucket.data(), type}, in_one_go);
   const auto* bytes = static_cast<const uint8_t*>(bucket.data());
   return {bytes, bytes + layout.numel * element_bytes(type)};
@@ -138,8 +136,7 @@ TEST(DecodeApplyCuda, DamagedBytesNameTheirRankAndMakeTheBucketNan) {
   };
   // Entry 199 lies at the end of a payload whose entries of group 1 are the last of the bucket.
   const auto replace = [&](Bytes& bytes, int64_t rank, const std::vector<int32_t>& indices) {
-    const Bytes payload =
-        payload_of_entries(layout, indices, std::vector<float>(300, 1.0f), nullptr, static_cast<uint32_t>(rank), 3, kStep);
+    const Bytes payload = payload_of_entries(layout, indices, std::vector<float>(300, 1.0f), nullptr, rank, kStep);
     std::copy(payload.begin(), payload.end(), bytes.begin() + rank * stride);
   };
   std::vector<int32_t> spread(300);
@@ -149,14 +146,12 @@ TEST(DecodeApplyCuda, DamagedBytesNameTheirRankAndMakeTheBucketNan) {
     std::function<void(Bytes&, int64_t rank)> apply;
   };
   const std::vector<Damage> damages = {
-      {"magic", [&](Bytes& b, int64_t r) { word(b, r, 0, 1); }},
-      {"version and flags", [&](Bytes& b, int64_t r) { word(b, r, 4, 0xffffffff); }},
-      {"rank", [&](Bytes& b, int64_t r) { word(b, r, 8, 77); }},
-      {"world_size", [&](Bytes& b, int64_t r) { word(b, r, 12, 77); }},
-      {"layout_hash", [&](Bytes& b, int64_t r) { word(b, r, 16, 77); }},
-      {"step", [&](Bytes& b, int64_t r) { word(b, r, 24, 77); }},
-      {"payload_bytes", [&](Bytes& b, int64_t r) { word(b, r, 56, 77); }},
-      {"value_format", [&](Bytes& b, int64_t r) { b[static_cast<size_t>(r * stride + 7)] = 9; }},
+      {"version", [&](Bytes& b, int64_t r) { b[static_cast<size_t>(r * stride)] ^= 1; }},
+      {"flags", [&](Bytes& b, int64_t r) { b[static_cast<size_t>(r * stride + 1)] = 0x80; }},
+      {"a refusal", [&](Bytes& b, int64_t r) { b[static_cast<size_t>(r * stride + 1)] = kFlagRefused; }},
+      {"rank", [&](Bytes& b, int64_t r) { b[static_cast<size_t>(r * stride + 3)] ^= 1; }},
+      {"step", [&](Bytes& b, int64_t r) { b[static_cast<size_t>(r * stride + 5)] ^= 1; }},
+      {"layout", [&](Bytes& b, int64_t r) { b[static_cast<size_t>(r * stride + 7)] ^= 1; }},
       {"no index at all", [&](Bytes& b, int64_t r) { std::fill_n(b.begin() + r * stride + s.high, 8 * s.high_words(), uint8_t{0}); }},
       {"indices everywhere", [&](Bytes& b, int64_t r) { std::fill_n(b.begin() + r * stride + s.high, 8 * s.high_words(), uint8_t{0xff}); }},
       {"one index fewer",
@@ -260,7 +255,7 @@ TEST(DecodeApplyCuda, AnEntryInADenseSegmentOfItsGroupIsAddedInOrder) { // which
     const std::vector<float> gradient = normal_values(layout.numel, 57);
     Bytes gathered;
     for (uint32_t rank = 0; rank < 3; ++rank) {
-      const Bytes payload = payload_of_entries(layout, {1, 41, 339}, {1.0f, 1e8f, 3.0f}, gradient.data(), rank, 3, kStep);
+      const Bytes payload = payload_of_entries(layout, {1, 41, 339}, {1.0f, 1e8f, 3.0f}, gradient.data(), rank, kStep);
       gathered.insert(gathered.end(), payload.begin(), payload.end());
     }
     const Decoded decoded = decode_on_cuda(layout, gathered, 3, GradientType::kFloat32);
@@ -276,7 +271,7 @@ TEST(DecodeApplyCuda, ADirectoryThatDoesNotAscendIsRefused) {
   for (int e = 0; e < 200; ++e) indices.push_back(40 * e);
   for (int e = 200; e < 513; ++e) indices.push_back(8192 + e);
   for (int e = 513; e < 1100; ++e) indices.push_back(8192 + 14 * e);
-  Bytes payload = payload_of_entries(layout, indices, std::vector<float>(1100, 1.0f), nullptr, 0, 1, kStep);
+  Bytes payload = payload_of_entries(layout, indices, std::vector<float>(1100, 1.0f), nullptr, 0, kStep);
   ASSERT_EQ(refusal_of(layout, payload, 1, kStep), "");
   const PayloadSections s = payload_sections(layout);
   auto* directory = reinterpret_cast<uint32_t*>(payload.data() + s.directory);
@@ -311,7 +306,7 @@ TEST(RestoreCuda, EqualsTheCpuEngineBitForBit) {
       const std::vector<int32_t> indices = random_indices(layout, random);
       std::vector<float> values = normal_values(layout.selected_numel, 55);
       if (value_format != ValueFormat::kSign) values[3] = HUGE_VALF, values[70] = float_of(kCanonicalNanBits), values[80] = 0;
-      const Bytes payload = payload_of_entries(layout, indices, values, nullptr, 0, 1, kStep);
+      const Bytes payload = payload_of_entries(layout, indices, values, nullptr, 0, kStep);
       std::vector<float> expected = normal_values(layout.numel, 56);
       const std::vector<float> before = expected;
       if (condition != 0) restore(layout, entries_of(layout, payload.data()), segment_pointers(layout, expected.data()).data());
@@ -338,7 +333,7 @@ TEST(RestoreCuda, EqualsTheCpuEngineBitForBit) {
 TEST(DecodeApplyCuda, OnePayloadOfARankInTheMiddleIsDecodedAndNamed) {
   for (const ValueFormat value_format : kValueFormats) {
     const Layout layout = Layout::make(Numbers{kDecodeTile + 300, 20}, Numbers{0, -1}, Numbers{60}, value_format);
-    Bytes payload = random_payload(layout, 5, 9, kStep, 59);
+    Bytes payload = random_payload(layout, 5, kStep, 59);
     CudaPlan plan(layout);
     const auto decode_as = [&](uint32_t rank) {
       DeviceMemory<uint8_t> payloads{std::span<const uint8_t>(payload)};
@@ -347,7 +342,7 @@ TEST(DecodeApplyCuda, OnePayloadOfARankInTheMiddleIsDecodedAndNamed) {
       DeviceMemory<cuda::DecodeStatus> status{std::span<const cuda::DecodeStatus>(before)};
       cuda::decode_apply(
           plan.device(),
-          {payloads.data(), 1, bucket.data(), GradientType::kFloat32, make_header(layout, rank, 9, kStep, false), status.data()}, nullptr);
+          {payloads.data(), 1, bucket.data(), GradientType::kFloat32, make_header(layout, rank, kStep, false), status.data()}, nullptr);
       require(cudaStreamSynchronize(nullptr), "decode_apply");
       return std::pair(bucket.download(), status.download()[0]);
     };
@@ -368,7 +363,7 @@ TEST(NanIfFlaggedCuda, OneFlaggedPayloadMakesTheWholeBucketNan) {
     for (const GradientType type : kGradientTypes) {
       Bytes payloads(static_cast<size_t>(3 * stride));
       for (int p = 0; p < 3; ++p) {
-        const Bytes one = random_payload(layout, static_cast<uint32_t>(p), 3, kStep, 60, p == flagged);
+        const Bytes one = random_payload(layout, p, kStep, 60, p == flagged);
         std::copy(one.begin(), one.end(), payloads.begin() + p * stride);
       }
       DeviceMemory<uint8_t> device{std::span<const uint8_t>(payloads)};
@@ -397,7 +392,7 @@ TEST(ReturnDroppedCuda, EqualsTheCpuEngineBitForBit) {
           Layout::make(Numbers{5000, 40, 6000, 0, 3, 9000}, Numbers{0, -1, 1, -1, 2, 3}, Numbers{50, 60, 1, 700}, value_format);
       Random random(61);
       const std::vector<int32_t> indices = random_indices(layout, random);
-      const Bytes payload = payload_of_entries(layout, indices, normal_values(layout.selected_numel, 61), nullptr, 0, 1, kStep);
+      const Bytes payload = payload_of_entries(layout, indices, normal_values(layout.selected_numel, 61), nullptr, 0, kStep);
       const Entries entries = entries_of(layout, payload.data());
       std::vector<float> result_values(static_cast<size_t>(layout.numel)), lost = normal_values(layout.numel, 62);
       for (size_t e = 0; e < entries.indices.size(); e += 3) result_values[static_cast<size_t>(entries.indices[e])] = 0.25f;

@@ -83,11 +83,11 @@ class Lane {
                                        residual_table_->data(),
                                        nullptr,
                                        payload_.data(),
-                                       make_header(layout_, 0, 1, enqueued_, false),
+                                       make_header(layout_, 0, enqueued_, false),
                                        statistics_.data()};
     const auto method = enqueued_ % 3 == 2 ? cuda::Method::kTwoPasses : cuda::Method::kOnePass;
     cuda::compensate_select_and_encode(plan_.device(), select, method, stream_);
-    const cuda::DecodeArguments decode{payload_.data(), 1, bucket_.data(), type_, make_header(layout_, 0, 1, enqueued_, false),
+    const cuda::DecodeArguments decode{payload_.data(), 1, bucket_.data(), type_, make_header(layout_, 0, enqueued_, false),
                                        status_.data()};
     cuda::decode_apply(plan_.device(), decode, stream_);
     ++enqueued_;
@@ -103,7 +103,7 @@ class Lane {
     const int64_t last = enqueued_ - 1;
     TypedBuffer& gradient = cpu_gradients_[gradient_of(last)];
     encode_dense(layout_, gradient.data(), type_, nullptr, payload.data());
-    encode_header(layout_, 0, 1, last, false, payload.data());
+    encode_header(layout_, 0, last, false, payload.data());
     TypedBuffer bucket(type_, layout_.numel);
     decode_apply(layout_, {payload.data(), 1, bucket.data(), type_}, in_one_go);
 

@@ -232,7 +232,7 @@ TEST(MarkUnusedCuda, SegmentsOfParametersThatNobodyHasUsedAreMarked) {
 
 // ---- seal_slot, unpack_shards
 
-constexpr PayloadHeader kExpected{kPayloadMagic, kWireVersion, 0, ValueFormat::kFloat32, 4, 12, 0x1234567890u, 7, 80, 8, 9, 4096};
+constexpr PayloadHeader kExpected{kWireVersion, 0, 4, 7, 0x1234};
 
 TEST(SealSlotCuda, ABadStepIsFlaggedAndNothingButTheHeaderIsWritten) {
   for (const uint8_t flags : {uint8_t{0}, kFlagRefused})
@@ -256,7 +256,7 @@ struct Slots {
   Slots(GradientType type, int64_t count, int64_t slot_bytes, uint64_t seed)
       : type(type), count(count), slot_bytes(slot_bytes), bytes(random_bytes(count * slot_bytes, seed)) {
     for (int64_t s = 0; s < count; ++s)
-      change(s, [&](PayloadHeader& header) { header = kExpected, header.rank += static_cast<uint32_t>(s); });
+      change(s, [&](PayloadHeader& header) { header = kExpected, header.rank = static_cast<uint16_t>(header.rank + s); });
   }
   template <typename Change>
   void change(int64_t slot, Change&& change) {
@@ -264,7 +264,7 @@ struct Slots {
     change(header);
     std::memcpy(bytes.data() + slot * slot_bytes, &header, sizeof header);
   }
-  int64_t first_entry(int64_t slot) const { return (slot * slot_bytes + kPayloadAlignment) / element_bytes(type); }
+  int64_t first_entry(int64_t slot) const { return (slot * slot_bytes + kSlotAlignment) / element_bytes(type); }
 
   GradientType type;
   int64_t count, slot_bytes;
@@ -358,20 +358,13 @@ TEST(UnpackShardsCuda, AFlaggedSlotMakesTheBucketNanAndItsStepBad) {
 }
 
 TEST(UnpackShardsCuda, ASlotThatIsRefusedOrAnotherNamesItsRankAndMakesTheBucketNan) {
-  void (*const changes[])(PayloadHeader&) = {[](PayloadHeader& h) { h.magic ^= 1; },
-                                             [](PayloadHeader& h) { h.version = 1; },
+  void (*const changes[])(PayloadHeader&) = {[](PayloadHeader& h) { h.version = 1; },
                                              [](PayloadHeader& h) { h.flags = kFlagRefused; },
                                              [](PayloadHeader& h) { h.flags = kFlagRefused | kFlagNonFinite; },
                                              [](PayloadHeader& h) { h.flags = 128; },
-                                             [](PayloadHeader& h) { h.value_format = ValueFormat::kSign; },
-                                             [](PayloadHeader& h) { h.rank += 1; },
-                                             [](PayloadHeader& h) { h.world_size = 13; },
-                                             [](PayloadHeader& h) { h.layout_hash ^= uint64_t{1} << 40; },
-                                             [](PayloadHeader& h) { h.step = 6; },
-                                             [](PayloadHeader& h) { h.numel += int64_t{1} << 32; },
-                                             [](PayloadHeader& h) { h.selected_numel = 7; },
-                                             [](PayloadHeader& h) { h.dense_numel = 8; },
-                                             [](PayloadHeader& h) { h.payload_bytes = 64; }};
+                                             [](PayloadHeader& h) { h.rank ^= 1 << 15; },
+                                             [](PayloadHeader& h) { h.step ^= 1 << 15; },
+                                             [](PayloadHeader& h) { h.layout ^= 1 << 15; }};
   int which = 0;
   for (const auto& change : changes) {
     SCOPED_TRACE("change " + std::to_string(which));

@@ -17,7 +17,7 @@
 
 namespace compressed_ddp::fuzz {
 
-inline constexpr uint32_t kRank = 0, kWorldSize = 1;
+inline constexpr int64_t kRank = 0, kWorldSize = 1;
 inline constexpr int64_t kStep = 3;
 
 struct PayloadInput {
@@ -72,7 +72,7 @@ inline PayloadInput payload_input(std::span<const uint8_t> bytes) {
     std::memcpy(input.payload.data(), bytes.data() + 2, std::min(bytes.size() - 2, input.payload.size()));
   }
   if (how & 0x80) {
-    const PayloadHeader header = make_header(input.layout, kRank, kWorldSize, kStep, (how & 0x40) != 0);
+    const PayloadHeader header = make_header(input.layout, kRank, kStep, (how & 0x40) != 0);
     std::memcpy(input.payload.data(), &header, sizeof header);
   }
   return input;
