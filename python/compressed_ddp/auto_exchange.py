@@ -136,7 +136,7 @@ def _stages_on_cpu(density: float, value_format: str) -> list[float]:
     gradient = torch.randn(numel, generator=generator, dtype=torch.float32, device="cpu")
     residual, bucket = torch.zeros_like(gradient), torch.empty_like(gradient)
 
-    def select() -> torch.Tensor:
+    def select(rank: int = 0) -> torch.Tensor:
         values, indices, _ = ops.compensate_select_(gradient, residual, *layout)
         return ops.encode(
             values,
@@ -145,20 +145,16 @@ def _stages_on_cpu(density: float, value_format: str) -> list[float]:
             *layout,
             value_format=value_format,
             residual=residual,
-            rank=0,
+            rank=rank,
         )
 
     cpu = torch.device("cpu")
     select_s = _median_s(select, cpu)
-    payload = select()
     counts = (1, 8)
+    payloads = torch.stack([select(rank) for rank in range(max(counts))])
     decode_s = []
     for count in counts:
-        gathered = torch.stack([payload] * count)
-        for rank in range(count):  # header: rank and world size (docs/wire_format.md)
-            gathered[rank, 8:16].view(torch.int32).copy_(
-                torch.tensor([rank, count], dtype=torch.int32)
-            )
+        gathered = payloads[:count]
 
         def decode(gathered: torch.Tensor = gathered) -> None:
             ops.decode_apply_(bucket, gathered, *layout, value_format=value_format)
