@@ -17,7 +17,7 @@ What split sends beyond 2 (P - 1) / P payloads of an uncut bucket has six causes
     header      8 bytes per range instead of per bucket
     k           ceil(density x numel), at least 1, of every part of a selection that a border cuts
     index       directory and high bits of more and shorter payloads
-    alignment   sections and payloads to 8 bytes
+    alignment   payloads to 8 bytes
     largest     ranges of unequal size, in the all-gather all as large as the largest
     (P - 1) / P itself grows by 1.14 from 8 to 1,024 ranks, which no format changes
 """

@@ -6,14 +6,8 @@
 namespace compressed_ddp {
 namespace {
 
-constexpr int64_t kSectionAlignment = 8;
 constexpr const char* kModulo = " (modulo 65536)";
 
-int64_t aligned(int64_t bytes, int64_t alignment) { return (bytes + alignment - 1) / alignment * alignment; }
-
-int64_t scales_bytes(const Layout& layout) {
-  return layout.value_format == ValueFormat::kSign ? 4 * static_cast<int64_t>(layout.groups.size()) : 0;
-}
 int64_t values_bytes(const Layout& layout) {
   switch (layout.value_format) {
     case ValueFormat::kFloat32:
@@ -35,23 +29,15 @@ PayloadSections payload_sections(const Layout& layout) {
   PayloadSections s{};
   s.directory_numel = (layout.selected_numel + kDirectoryStride - 1) / kDirectoryStride;
   s.high_bits = layout.selected_numel == 0 ? 0 : layout.selected_numel + ((layout.numel - 1) >> kLowBits);
-  s.directory = static_cast<int64_t>(sizeof(PayloadHeader));
-  s.high = aligned(s.directory + 4 * s.directory_numel, kSectionAlignment);
-  s.scales = s.high + 8 * s.high_words();
-  s.dense = aligned(s.scales + scales_bytes(layout), kSectionAlignment);
-  s.values = aligned(s.dense + 4 * layout.dense_numel, kSectionAlignment);
-  s.low = aligned(s.values + values_bytes(layout), kSectionAlignment);
-  s.payload_bytes = aligned(s.low + layout.selected_numel, kPayloadAlignment);
+  s.high = static_cast<int64_t>(sizeof(PayloadHeader));
+  s.directory = s.high + 8 * s.high_words();
+  s.scales = s.directory + 4 * s.directory_numel;
+  s.dense = s.scales + (layout.value_format == ValueFormat::kSign ? 4 * static_cast<int64_t>(layout.groups.size()) : 0);
+  s.values = s.dense + 4 * layout.dense_numel;
+  s.low = s.values + values_bytes(layout);
+  s.used_bytes = s.low + layout.selected_numel;
+  s.payload_bytes = (s.used_bytes + kPayloadAlignment - 1) / kPayloadAlignment * kPayloadAlignment;
   return s;
-}
-
-std::array<Gap, kPayloadGaps> payload_gaps(const Layout& layout) {
-  const PayloadSections s = payload_sections(layout);
-  return {{{s.directory + 4 * s.directory_numel, s.high},
-           {s.scales + scales_bytes(layout), s.dense},
-           {s.dense + 4 * layout.dense_numel, s.values},
-           {s.values + values_bytes(layout), s.low},
-           {s.low + layout.selected_numel, s.payload_bytes}}};
 }
 
 PayloadHeader make_header(const Layout& layout, int64_t rank, int64_t step, bool non_finite) {

@@ -2,23 +2,22 @@
 //
 //   section    bytes                                            content
 //   header     8                                                PayloadHeader
-//   directory  4 * ceil(selected_numel / 256)                   uint32: index >> 8 of entries 0, 256, 512, ..
 //   high       8 * ceil((selected_numel + (numel - 1 >> 8)) / 64)   bit (index >> 8) + p is set for entry p; nothing without entries
+//   directory  4 * ceil(selected_numel / 256)                   uint32: index >> 8 of entries 0, 256, 512, ..
 //   scales     4 * number of groups                             fp32, value format sign only: what a value of that group counts
 //   dense      4 * dense_numel                                  fp32, the dense segments in bucket order
 //   values     4, 2 or 1/8 * selected_numel                     fp32, bf16, or a sign bit in uint32 words; in the order of the indices
 //   low        selected_numel                                   uint8: index & 255
 //
-// Every section begins at a multiple of 8, the payload ends at one, and zeros lie between. Indices are positions in the
-// bucket, strictly ascending: high and low are their Elias-Fano code with 8 low bits (Elias 1974, Fano 1971), which takes
-// 9 + numel / (256 * selected_numel) bits per entry whatever the indices are. The directory lets a decoder begin anywhere.
+// Nothing lies between the sections, whose order aligns each to its elements; zeros follow up to a multiple of 8. Indices are positions in
+// the bucket, strictly ascending: high and low are their Elias-Fano code with 8 low bits (Elias 1974, Fano 1971), which takes 9 + numel /
+// (256 * selected_numel) bits per entry whatever the indices are. The directory lets a decoder begin anywhere.
 //
 // All numbers are little-endian. The size is a pure function of the layout: every rank knows it before any byte moves. The header is as
 // short as it is because in an exchange among 1,024 ranks a payload has some two hundred bytes: what ranks have to agree on is compared
 // in full before the first payload (agreement.h), and what is left here tells a payload that is out of place.
 #pragma once
 
-#include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -50,24 +49,19 @@ static_assert(sizeof(PayloadHeader) == 8 && offsetof(PayloadHeader, flags) == 1 
 
 // Where the sections of a payload begin, in bytes.
 struct PayloadSections {
-  int64_t directory;
   int64_t high;
+  int64_t directory;
   int64_t scales;
   int64_t dense;
   int64_t values;
   int64_t low;
-  int64_t payload_bytes;
+  int64_t used_bytes;    // zeros from here on
+  int64_t payload_bytes; // a multiple of kPayloadAlignment
   int64_t directory_numel;
   int64_t high_bits; // that entries can set
   int64_t high_words() const { return (high_bits + 63) / 64; }
 };
 PayloadSections payload_sections(const Layout& layout);
-
-struct Gap { // zeros between two sections, in bytes; may be empty
-  int64_t begin, end;
-};
-inline constexpr int kPayloadGaps = 5;
-std::array<Gap, kPayloadGaps> payload_gaps(const Layout& layout);
 
 inline int64_t payload_bytes(const Layout& layout) { return payload_sections(layout).payload_bytes; }
 

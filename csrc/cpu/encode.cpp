@@ -71,7 +71,8 @@ double encode_piece(const Layout& layout, const EncodeSelectedArguments& a, int6
 void encode_header(const Layout& layout, int64_t rank, int64_t step, bool non_finite, uint8_t* payload) {
   const PayloadHeader header = make_header(layout, rank, step, non_finite);
   std::memcpy(payload, &header, sizeof header);
-  for (const Gap& gap : payload_gaps(layout)) std::memset(payload + gap.begin, 0, static_cast<size_t>(gap.end - gap.begin));
+  const PayloadSections sections = payload_sections(layout);
+  std::fill(payload + sections.used_bytes, payload + sections.payload_bytes, uint8_t{0});
 }
 
 } // namespace compressed_ddp

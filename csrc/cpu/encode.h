@@ -36,7 +36,7 @@ struct EncodeSelectedArguments {
 void encode_scale(const Layout& layout, const EncodeSelectedArguments& arguments, int64_t group, const ExponentSums& sums);
 double encode_piece(const Layout& layout, const EncodeSelectedArguments& arguments, int64_t piece);
 
-// Writes the header and clears what lies between the sections. Last, because only now is it known whether anything is non-finite.
+// Writes the header and clears what lies behind the sections. Last, because only now is it known whether anything is non-finite.
 void encode_header(const Layout& layout, int64_t rank, int64_t step, bool non_finite, uint8_t* payload);
 
 // The scales of sign values. A group that is larger than a piece is added up in parts: scope "bucket" has one group only.

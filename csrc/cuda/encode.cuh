@@ -146,8 +146,7 @@ __device__ void encode_header(const DevicePlan& plan, const SelectArguments& a) 
     for (int s = 0; s < 3; ++s) sums.of[s] += static_cast<double>(plan.sums[3 * i + s]);
   if constexpr (format == ValueFormat::kSign) sums.of[2] = encode_scales(plan, a);
   sums = block_sums(sums);
-  for (const Gap& gap : plan.gaps)
-    for (int64_t byte = gap.begin + threadIdx.x; byte < gap.end; byte += kThreads) a.payload[byte] = 0;
+  if (plan.sections.used_bytes + threadIdx.x < plan.sections.payload_bytes) a.payload[plan.sections.used_bytes + threadIdx.x] = 0;
   if (threadIdx.x != 0) return;
   PayloadHeader header = a.header;
   if (plan.step->non_finite != 0) header.flags |= kFlagNonFinite;

@@ -84,7 +84,6 @@ Plan::Plan(const Layout& layout)
       numel(layout.numel),
       selected_numel(layout.selected_numel),
       sections(payload_sections(layout)),
-      gaps(payload_gaps(layout)),
       value_format(layout.value_format) {
   const auto cut = [](const Segment& segment, int32_t index, auto&& append) {
     for (int64_t at = 0; at < segment.numel; at += kTileNumel) {
@@ -191,7 +190,6 @@ DevicePlan device_plan(const Plan& plan, const void* tables, void* workspace) {
   device.selected_numel = plan.selected_numel;
   device.high_words = plan.sections.high_words();
   device.sections = plan.sections;
-  std::copy(plan.gaps.begin(), plan.gaps.end(), device.gaps);
   device.value_format = plan.value_format;
   device.rounding = plan.value_format == ValueFormat::kFloat32    ? Rounding{0xffffffffu, 0, 0}
                     : plan.value_format == ValueFormat::kBFloat16 ? Rounding{0xffff0000u, 0x7fff, 1}

@@ -113,7 +113,6 @@ struct Plan {
 
   int64_t num_segments = 0, numel = 0, selected_numel = 0;
   PayloadSections sections;
-  std::array<Gap, kPayloadGaps> gaps;
   ValueFormat value_format;
   int64_t slots_numel = 0; // candidates of all tiles
 
@@ -136,7 +135,6 @@ struct DevicePlan {
   int32_t num_tiles, num_runs, num_large_groups, num_small_groups, num_dense_tiles, num_groups, num_segments;
   int64_t numel, selected_numel, high_words;
   PayloadSections sections;
-  Gap gaps[kPayloadGaps];
   ValueFormat value_format;
   Rounding rounding;
   // workspace

@@ -107,15 +107,15 @@ def encode(
 
     index = indices.long()
     high = index >> 8
-    high_bits = torch.zeros(8 * (slices[2].stop - slices[2].start), dtype=torch.bool, device=device)
+    high_bits = torch.zeros(8 * (slices[1].stop - slices[1].start), dtype=torch.bool, device=device)
     high_bits[high + torch.arange(len(high), device=device)] = True
     scales = _scales(values, k) if value_format == "sign" else values[:0]
     if flags != 0:  # the step will not count: nothing is sent, and all of it stays in the residual
         scales = torch.zeros_like(scales)
     sections = (
         torch.frombuffer(bytearray(header), dtype=torch.uint8).to(device),
-        high[::256].int(),
         _bytes_of(high_bits),
+        high[::256].int(),
         scales,
         dense,
         _written(values, value_format),
@@ -270,14 +270,14 @@ def _group_positions(
 def _section_slices(
     segments: Sequence[int], groups: Sequence[int], k: Sequence[int], value_format: str
 ) -> list[slice]:
-    """Where header, directory, high bits, scales, dense entries, values and low bytes lie in a payload."""
+    """Where header, high bits, directory, scales, dense entries, values and low bytes lie in a payload."""
     entries = sum(k)
     num_high_bits = entries + (sum(segments) - 1) // 256 if entries else 0
     value_bytes = (4 * entries, 2 * entries, (entries + 31) // 32 * 4)[number_of(value_format)]
     sizes = (
         _HEADER.size,
-        (entries + 255) // 256 * 4,
         (num_high_bits + 63) // 64 * 8,
+        (entries + 255) // 256 * 4,
         4 * len(k) if value_format == "sign" else 0,
         4 * _dense_numel(segments, groups),
         value_bytes,
@@ -286,7 +286,7 @@ def _section_slices(
     slices, begin = [], 0
     for size in sizes:
         slices.append(slice(begin, begin + size))
-        begin += (size + 7) // 8 * 8
+        begin += size
     return slices
 
 
@@ -334,7 +334,7 @@ def _decoded(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Indices (int64), values and dense entries (fp32)."""
     slices = _section_slices(segments, groups, k, value_format)
-    _, _, high_bits, scales, dense, values, low = (payload[at].clone() for at in slices)
+    _, high_bits, _, scales, dense, values, low = (payload[at].clone() for at in slices)
     at = _bits_of(high_bits).nonzero().view(-1)
     index = (at - torch.arange(len(at), device=at.device)) * 256 + low
     if value_format == "fp32":
@@ -379,14 +379,14 @@ def _has_good_indices(
 ) -> bool:
     """A high bit for every entry, indices that ascend inside their groups, and the directory that belongs to them."""
     slices = _section_slices(segments, groups, k, value_format)
-    if int(_bits_of(payload[slices[2]]).sum()) != sum(k):
+    if int(_bits_of(payload[slices[1]]).sum()) != sum(k):
         return False
     index, *_ = _decoded(payload, segments, groups, k, value_format)
     positions = _group_positions(segments, groups, payload.device)
     for inside, its_positions in zip(index.split(list(k)), positions):
         if inside[0] < its_positions[0] or inside[-1] > its_positions[-1]:
             return False
-    directory = payload[slices[1]].clone().view(torch.int32)
+    directory = payload[slices[2]].clone().view(torch.int32)
     return bool(
         (index[1:] > index[:-1]).all() and torch.equal(directory, (index[::256] >> 8).int())
     )

@@ -167,8 +167,8 @@ def sections_of(payload: Tensor, layout: Layout, value_format: str = "bf16") -> 
     dense_numel = sum(n for n, group in zip(layout.segments, layout.groups) if group < 0)
     sizes = {
         "header": 8,
-        "directory": 4 * -(-entries // 256),
         "high": 8 * -(-high_bits // 64),
+        "directory": 4 * -(-entries // 256),
         "scales": 4 * len(layout.k) if value_format == "sign" else 0,
         "dense": 4 * dense_numel,
         "values": {"fp32": 4 * entries, "bf16": 2 * entries, "sign": 4 * -(-entries // 32)}[
@@ -179,8 +179,8 @@ def sections_of(payload: Tensor, layout: Layout, value_format: str = "bf16") -> 
     sections, begin = {}, 0
     for name, size in sizes.items():
         sections[name] = payload[begin : begin + size]
-        begin = -(-(begin + size) // 8) * 8
-    assert payload.numel() == begin
+        begin += size
+    assert payload.numel() == -(-begin // 8) * 8
     return sections
 
 

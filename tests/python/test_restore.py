@@ -119,11 +119,11 @@ def test_wrong_tensors_are_refused_in_words():
     refused(ValueError, "expected residual to be flat and contiguous", residual=torch.ones(11))
     refused(ValueError, "expected residual to be flat and contiguous", residual=torch.ones(3, 4))
     refused(TypeError, "expected residual to have dtype Float", residual=torch.ones(12).half())
-    refused(TypeError, "expected payload to have dtype Byte, got Int", payload=torch.ones(48).int())
-    size = "expected payload to be flat and contiguous with 48 bytes, got"
+    refused(TypeError, "expected payload to have dtype Byte, got Int", payload=torch.ones(40).int())
+    size = "expected payload to be flat and contiguous with 40 bytes, got"
     refused(ValueError, f"{size} [127]", payload=torch.ones(127, dtype=uint8))
-    refused(ValueError, f"{size} [1, 48]", payload=torch.ones(1, 48, dtype=uint8))
-    refused(ValueError, f"{size} [48]", payload=torch.ones(96, dtype=uint8)[::2])
+    refused(ValueError, f"{size} [1, 40]", payload=torch.ones(1, 40, dtype=uint8))
+    refused(ValueError, f"{size} [40]", payload=torch.ones(80, dtype=uint8)[::2])
     refused(
         ValueError,
         "expected payload to be aligned to 8 bytes; clone() it",

@@ -222,7 +222,7 @@ def test_an_entry_costs_9_bits_and_its_value():
         assert size * 8 / 2**14 == pytest.approx(bits + 9 + 0.25 + 32 / 256, abs=0.1)
 
 
-def test_the_header_tells_layouts_of_one_size_and_value_formats_apart():
+def test_the_header_tells_layouts_and_value_formats_apart():
     layouts = [
         ([6, 6], [0, 1], [2, 1]),
         ([6, 6], [0, 1], [1, 2]),
@@ -231,7 +231,7 @@ def test_the_header_tells_layouts_of_one_size_and_value_formats_apart():
         ([5, 7], [0, 1], [2, 1]),
         ([6, 0, 6], [0, -1, 1], [2, 1]),
     ]
-    hashes, sizes = set(), set()
+    hashes = set()
     ones = torch.ones(12)
     for value_format in VALUE_FORMATS:
         for segments, groups, k in layouts:
@@ -246,9 +246,7 @@ def test_the_header_tells_layouts_of_one_size_and_value_formats_apart():
                 value_format=value_format,
                 rank=0,
             )
-            sizes.add((value_format, payload.numel()))
             hashes.add(bytes(payload[6:8].tolist()))
-    assert len(sizes) == len(VALUE_FORMATS), "of one value format all have one size"
     assert len(hashes) == len(VALUE_FORMATS) * len(layouts)
 
 
