@@ -94,7 +94,9 @@ test: build build-tests
 test-without-gpu: build build-tests
 	@module="$$(ls build/cpp/stand_in/_C.*so 2>/dev/null)"; \
 	if [ -z "$$module" ]; then echo "no CUDA toolkit: the CUDA stages were not built, and are not tested"; exit 0; fi; \
-	COMPRESSED_DDP_STAND_IN="$(abspath .)/$$module" $(BIN)/python -m pytest --durations=5 --timeout=300 $(stand_in_tests)
+	export COMPRESSED_DDP_STAND_IN="$(abspath .)/$$module"; \
+	$(BIN)/python -m pytest --durations=5 --timeout=300 $(stand_in_tests) && \
+	SIMT_FUZZ=1 SIMT_SEED=2 SIMT_ORDER=random $(BIN)/python -m pytest --timeout=300 tests/python/test_cuda_engine.py
 
 # What is found new lies in build/fuzz/found; `make fuzz FUZZ_SECONDS=3600`, then copy what is worth keeping to the corpus.
 fuzz: $(VENV)/.tools

@@ -104,7 +104,7 @@ class SplitExchange final : public Exchange {
   void restore(const uint32_t* condition) override {
     if (has_added_lost_)
       own().add_lost(average_.const_data_ptr<uint8_t>(), lost_.const_data_ptr<float>(), -count_factor(), types_.result, condition);
-    has_added_lost_ = has_added_lost_ && condition != nullptr; // a device undoes it once by itself
+    if (!on_device_) has_added_lost_ = false; // a device undoes it once by itself, and after every replay of a graph
     for (size_t o = 0; o < stages_.size(); ++o)
       if (stages_[o] != nullptr) stages_[o]->restore(payload_for(o), condition);
   }

@@ -141,8 +141,12 @@ __device__ inline void clear_states(const DevicePlan& plan) {
   if (threadIdx.x == 0) plan.step->non_finite = plan.step->next_run = 0; // the ticket has wrapped to 0 by itself
 }
 
+// Blocks per multiprocessor; their reads are far between, so every block more hides some of the wait. No spills at this bound.
+constexpr int kEmitBlocks = 6, kEmitSignBlocks = 5;
+
 template <typename gradient_t, ValueFormat format>
-__global__ void __launch_bounds__(kThreads) emit_kernel(DevicePlan plan, SelectArguments a) {
+__global__ void __launch_bounds__(kThreads, format == ValueFormat::kSign ? kEmitSignBlocks : kEmitBlocks)
+    emit_kernel(DevicePlan plan, SelectArguments a) {
   __shared__ int taken;
   if (threadIdx.x == 0) taken = static_cast<int>(atomicAdd(&plan.step->next_run, 1u));
   __syncthreads();

@@ -142,6 +142,7 @@ template <ValueFormat format>
 __device__ void encode_header(const DevicePlan& plan, const SelectArguments& a) {
   const int64_t num_sums = int64_t{plan.num_tiles} + plan.num_small_groups + plan.num_dense_tiles;
   Sums<double, 3> sums{};
+#pragma unroll 1 // by one block, and the registers of several sums would be all blocks'
   for (int64_t i = threadIdx.x; i < num_sums; i += kThreads)
     for (int s = 0; s < 3; ++s) sums.of[s] += static_cast<double>(plan.sums[3 * i + s]);
   if constexpr (format == ValueFormat::kSign) sums.of[2] = encode_scales(plan, a);

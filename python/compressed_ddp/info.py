@@ -45,7 +45,6 @@ def _self_check() -> str:
                         value_format=value_format,
                         residual=residual,
                         rank=rank,
-                        world_size=2,
                     )
                 )
                 residuals.append(residual)

@@ -1,4 +1,6 @@
 // compensate_select_ and encode on CUDA against the CPU engine, bit for bit: payload bytes and residual.
+#include <cmath>
+
 #include "cuda_cases.h"
 
 namespace compressed_ddp {
@@ -57,8 +59,9 @@ TEST(CompensateSelectCuda, EqualsTheCpuEngineAtAllTails) {
       SCOPED_TRACE("numel " + std::to_string(numel) + ", density " + std::to_string(density) + ", seed 32");
       const ValueFormat value_format = kValueFormats[static_cast<size_t>(numel) % kValueFormats.size()];
       const Layout layout = Layout::make(Numbers{numel}, Numbers{0}, Numbers{selection_k(density, numel)}, value_format);
+      const GradientType type = kGradientTypes[static_cast<size_t>(numel + std::lround(density * 100)) % kGradientTypes.size()];
       CudaPlan plan(layout);
-      expect_as_on_cpu(make_case(layout, GradientType::kFloat32, make_data(Data::kNormal, numel, 32), true), plan);
+      expect_as_on_cpu(make_case(layout, type, make_data(Data::kNormal, numel, 32), true), plan);
       if (HasFatalFailure()) return;
     }
 }
@@ -72,6 +75,25 @@ TEST(CompensateSelectCuda, EqualsTheCpuEngineOnSmallGroupsAlone) { // which take
       for (const GradientType type : kGradientTypes) {
         SCOPED_TRACE(std::string(testing::name_of(data)) + ", " + testing::name_of(type) + ", " + name_of(value_format) + ", seed 38");
         expect_as_on_cpu(make_case(layout, type, make_data(data, layout.numel, 38), true), plan);
+        if (HasFatalFailure()) return;
+      }
+  }
+}
+
+// Whichever thread of whichever warp meets it, and nobody else.
+TEST(CompensateSelectCuda, OneNonFiniteEntryFlagsThePayloadWhereverItLies) {
+  const Numbers with_large{300, 2 * kTileNumel + 77, 900}, small_only{300, 2000, 900};
+  for (const Numbers& segments : {with_large, small_only}) {
+    const Layout layout = Layout::make(segments, Numbers{0, 1, -1}, Numbers{3, 40});
+    CudaPlan plan(layout);
+    for (const Segment& segment : layout.segments)
+      for (const int64_t at : {int64_t{0}, int64_t{77}, segment.numel / 2 + 1, segment.numel - 1}) {
+        SCOPED_TRACE("segment at " + std::to_string(segment.offset) + ", entry " + std::to_string(at) + ", seed 44");
+        GradientAndResidual data = make_data(Data::kNormal, layout.numel, 44);
+        data.gradient[static_cast<size_t>(segment.offset + at)] = at % 2 == 0 ? INFINITY : -NAN;
+        const SelectionCase c = make_case(layout, GradientType::kFloat32, data, true);
+        ASSERT_EQ(read_header(on_cpu(c).payload.data()).flags, kFlagNonFinite);
+        expect_as_on_cpu(c, plan);
         if (HasFatalFailure()) return;
       }
   }

@@ -29,6 +29,19 @@ TEST(CountedBytes, TwoPassesReadTheResidualOnceMore) {
   EXPECT_LE(counted.launches, 6u);
 }
 
+TEST(CountedBytes, SixLaunchesFinishThePayloadOfAnyBucket) {
+  const std::vector<int64_t> numels{300, 3 * cuda::kTileNumel + 5, 900, 2000};
+  for (const ValueFormat value_format : kValueFormats)
+    for (const Method method : {Method::kOnePass, Method::kTwoPasses}) {
+      SCOPED_TRACE(std::string(name_of(value_format)) + (method == Method::kOnePass ? ", one pass" : ", two passes"));
+      const uint64_t lost = value_format == ValueFormat::kSign ? 1 : 0; // then the payload is finished, and the residual is not
+      const Layout mixed = Layout::make(numels, std::vector<int64_t>{0, 1, -1, 2}, std::vector<int64_t>{3, 130, 20}, value_format);
+      EXPECT_LE(count_select(mixed, GradientType::kFloat32, method, 1).launches, 6 + lost);
+      const Layout small = Layout::make(std::vector<int64_t>{300, 900}, std::vector<int64_t>{0, -1}, std::vector<int64_t>{3}, value_format);
+      EXPECT_LE(count_select(small, GradientType::kFloat32, method, 1).launches, 6 + lost);
+    }
+}
+
 TEST(CountedBytes, DecodingEightPayloadsStaysNearItsFloor) { // floor: write the bucket, read 8 payloads
   const Counted counted = count_decode(kLayout, 8, GradientType::kFloat32);
   RecordProperty("bytes_per_element", std::to_string(counted.bytes_per_element));

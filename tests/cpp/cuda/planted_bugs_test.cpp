@@ -42,7 +42,8 @@ class PlantedBugs : public ::testing::Test {
   }
 
   void expect(PlantedBug bug, FailureKind kind, const std::function<void(PlantedBug)>& run) {
-    EXPECT_FALSE(failure_of([&] { run(PlantedBug::kNone); })) << "the right kernel fails: " << simt::device_failure()->message;
+    const auto of_right_kernel = failure_of([&] { run(PlantedBug::kNone); });
+    EXPECT_FALSE(of_right_kernel) << "the right kernel fails: " << of_right_kernel->message;
     const auto failure = failure_of([&] { run(bug); });
     ASSERT_TRUE(failure) << "nobody has noticed";
     EXPECT_EQ(failure->kind, kind) << failure->message;

@@ -5,7 +5,7 @@
                                        [--sample N --seed S]
                                        [--jobs N] [--json FILE]
 
-`sync` removes each barrier and fence and weakens each acquire and release; every one of these must be
+`sync` removes each barrier and fence, takes each vote of a block apart and weakens each acquire and release; every one of these must be
 noticed, by a wrong result, by the race detector or as a hang, or it is not needed. `compare` turns
 each comparison around its edge (lt <-> le, gt <-> ge, eq <-> ne): survivors show what the test data
 does not reach. What survives the tests of --filter (`sync`: in two orders of threads) meets those of --then.
@@ -76,6 +76,15 @@ def sites(program: int, ptx: list[str], kind: str) -> list[Mutant]:
                 found.append(
                     Mutant(program, number, kernel, f"without: {operation}", "// " + line, source)
                 )
+            # A vote of the block: each thread keeps its own opinion, with the barrier and without.
+            if vote := re.match(
+                r"bar\.red\.(?:or|and)\.pred\s+(%\w+), \d+, (!?)(%\w+);", operation
+            ):
+                own = f"{'not' if vote[2] else 'mov'}.pred {vote[1]}, {vote[3]};"
+                for what, text in (("alone", f"bar.sync 0;\n{own}"), ("without", own)):
+                    found.append(
+                        Mutant(program, number, kernel, f"{what}: {operation}", text, source)
+                    )
             for strong in (".acquire", ".release", ".acq_rel"):
                 if strong in operation and not operation.startswith("fence"):
                     found.append(

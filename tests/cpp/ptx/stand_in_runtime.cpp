@@ -55,7 +55,7 @@ struct Device {
   std::optional<DeviceFailure> failure;
   cudaError_t last_error = cudaSuccess;
   uint64_t calls = 0;
-  StandInOptions options;
+  StandInOptions options{default_options().fuzz, default_options().seed};
   std::optional<Capture> capture;
   std::vector<Graph> graphs;
   uint64_t refused_launch = 0; // counts down

@@ -14,9 +14,9 @@
 
 namespace simt {
 
-struct StandInOptions {
-  bool fuzz = false; // random order among streams
-  uint64_t seed = 1;
+struct StandInOptions { // as long as nobody sets them: those of the environment, as default_options()
+  bool fuzz;            // random order among streams
+  uint64_t seed;
 };
 StandInOptions& stand_in_options();
 
