@@ -38,7 +38,8 @@ struct Engine::Run {
   Place place;
   int num_collectives;
   std::function<WorkPtr(int)> start;
-  std::function<bool(int)> finish; // returns whether the result is bad
+  std::function<bool(int)> finish;                    // returns whether the result is bad
+  std::function<int(int, std::exception_ptr)> refuse; // Exchange::refuse; empty: nobody waits for it
   c10::IValue result;
   c10::intrusive_ptr<Future> future;
   LaunchOrders orders; // of the collectives behind the first
@@ -53,14 +54,8 @@ struct Engine::Run {
     --progress->in_flight;
     progress->idle.notify_all();
   }
-  void fail(std::exception_ptr failure, int not_begun) const { // a collective, if there is one of this number
-    settle(true);
-    future->setError(std::move(failure));
-    lose(not_begun);
-  }
-  void lose(int from) const { // these collectives are never going to begin on this rank
-    for (int collective = std::max(1, from); collective < num_collectives; ++collective)
-      orders[static_cast<size_t>(collective - 1)]->lose();
+  void lose(int from, int to) const { // these collectives are never going to begin on this rank
+    for (int collective = std::max(1, from); collective < to; ++collective) orders[static_cast<size_t>(collective - 1)]->lose();
   }
   void complete(bool bad) {
     settle(bad);
@@ -94,18 +89,34 @@ struct Engine::Run {
       } catch (...) {
         failure = std::current_exception();
       }
-      if (failure != nullptr) return run->fail(failure, collective + 1);
+      if (failure != nullptr) return give_up(run, collective, failure);
       if (collective + 1 == run->num_collectives) return run->complete(bad);
-      const auto lane = static_cast<size_t>(collective);
-      run->orders[lane]->launch(run->tickets[lane], [run, collective](bool is_lost) -> LaunchOrder::Begun {
-        try {
-          if (is_lost) throw std::runtime_error("an earlier exchange has failed on this rank, and the ranks' collectives no longer match");
-          return {true, [run, next = collective + 1, done = run->begin(collective + 1)] { then(run, next, done); }};
-        } catch (const std::exception& error) {
-          return {false, [run, collective, failure = failed_exchange(run->place, error)] { run->fail(failure, collective + 2); }};
-        }
-      });
+      launch(run, collective + 1);
     });
+  }
+
+  // A collective behind the first, when it is its turn.
+  static void launch(const std::shared_ptr<Run>& run, int collective) {
+    const auto lane = static_cast<size_t>(collective - 1);
+    run->orders[lane]->launch(run->tickets[lane], [run, collective](bool is_lost) -> LaunchOrder::Begun {
+      try {
+        if (is_lost) throw std::runtime_error("an earlier exchange has failed on this rank, and the ranks' collectives no longer match");
+        return {true, [run, collective, done = run->begin(collective)] { then(run, collective, done); }};
+      } catch (const std::exception& error) {
+        return {false, [run, collective, failure = failed_exchange(run->place, error)] { give_up(run, collective, failure); }};
+      }
+    });
+  }
+
+  // This collective has failed, or has not begun.
+  static void give_up(const std::shared_ptr<Run>& run, int collective, const std::exception_ptr& failure) {
+    const int next = run->refuse ? run->refuse(collective, failure) : run->num_collectives;
+    if (next == run->num_collectives) {
+      run->settle(true);
+      run->future->setError(failure);
+    }
+    run->lose(collective + 1, next);
+    if (next < run->num_collectives) launch(run, next);
   }
 };
 
@@ -126,7 +137,7 @@ void Engine::start(std::shared_ptr<Run> run, const Request& request) {
     done = run->begin(0);
   } catch (const std::exception& error) {
     run->settle(true);
-    run->lose(1);
+    run->lose(1, run->num_collectives);
     std::rethrow_exception(failed_exchange(run->place, error));
   }
   for (int later = 0; later + 1 < run->num_collectives; ++later)
@@ -225,6 +236,7 @@ void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request&
     bucket->note_sums();
     return bad;
   };
+  run->refuse = [bucket](int collective, std::exception_ptr failure) { return bucket->exchange().refuse(collective, std::move(failure)); };
   start(std::move(run), request);
 }
 

@@ -76,6 +76,15 @@ class HierarchicalExchange final : public Exchange {
     return false; // what all ranks of the node see, all judge
   }
 
+  // Between the nodes: this rank's node has its shard from nobody else.
+  int refuse(int collective, std::exception_ptr failure) override {
+    const int last = num_collectives() - 1;
+    if (on_device_ || collective == 0 || collective == last) return num_collectives();
+    refused_ = std::move(failure);
+    shards_->seal(slot_.data_ptr<uint8_t>(), step_, kFlagRefused);
+    return last;
+  }
+
   void restore(const uint32_t* condition) override {
     if (has_begun_) between_->restore(condition);
   }

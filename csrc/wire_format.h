@@ -32,7 +32,7 @@ static_assert(std::endian::native == std::endian::little, "payloads are written 
 
 inline constexpr uint8_t kWireVersion = 3;
 inline constexpr uint8_t kFlagNonFinite = 1; // some compensated or dense entry of this rank is Inf or NaN
-inline constexpr uint8_t kFlagRefused = 2;   // no payload: its rank could not use what it had received, and says so in its place
+inline constexpr uint8_t kFlagRefused = 2;   // no payload: its rank has failed before, and says so in its place
 inline constexpr int64_t kPayloadAlignment = 8;
 inline constexpr int64_t kLowBits = 8;
 inline constexpr int64_t kDirectoryStride = 256; // entries

@@ -194,7 +194,7 @@ TEST(CheckSlots, NamesTheFirstRankWhoseHeaderIsAnother) {
   };
   const Case cases[] = {
       {[](PayloadHeader& h) { h.version = 1; }, "wire format version: expected 3, got 1; install the same compressed_ddp on every rank"},
-      {[](PayloadHeader& h) { h.flags = kFlagRefused; }, "it had received a payload that it could not use: its own error says which"},
+      {[](PayloadHeader& h) { h.flags = kFlagRefused; }, "its rank had nothing to send: its own error says why"},
       {[](PayloadHeader& h) { h.flags = 4; }, "flags beyond the non-finite one: expected 0, got 4"},
       {[](PayloadHeader& h) { h.rank ^= 2; }, nullptr}, // below
       {[](PayloadHeader& h) { h.step = 6; }, "step: expected 7, got 6 (modulo 65536)"},

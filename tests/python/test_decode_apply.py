@@ -155,7 +155,7 @@ def test_a_header_in_place_of_a_payload_is_refused_and_says_where_to_look():
     gathered[2, 1] ^= 2
     refused(
         gathered,
-        "the payload of rank 2 is not what this rank expects (it had received a payload that it could not use",
+        "the payload of rank 2 is not what this rank expects (its rank had nothing to send: its own error says why",
     )
 
 

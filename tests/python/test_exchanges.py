@@ -934,7 +934,7 @@ def test_a_damaged_payload_is_named_by_its_owner_and_refused_by_all(
         assert_says(
             outcomes[rank][0].message,
             "the payload of rank 0",
-            "it had received a payload that it could not use",
+            "its rank had nothing to send",
             f"on rank {rank} of 3",
         )
     assert_failed_without_a_trace(outcomes)
