@@ -4,6 +4,7 @@
 #include <unordered_map>
 
 #include "decoder.h"
+#include "slot_sharing.h"
 
 namespace simt::ptx {
 namespace {
@@ -64,6 +65,7 @@ Code CodeBuilder::build() {
     code_.tables.emplace_back();
     for (const uint32_t label : table) code_.tables.back().push_back(function_.labels[label]);
   }
+  share_slots(code_, function_);
   return std::move(code_);
 }
 
