@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "address_sanitizer.h"
@@ -196,53 +197,66 @@ void Fiber::prepare(Entry entry, void* argument) {
   argument_ = argument;
 }
 
-void Fiber::resume() {
-  if (!started()) {
-    stack_ = stacks().take();
-    stack_pointer_ = first_stack_pointer(stack_, &Fiber::run, this);
-    exceptions_ = {};
-    ended_ = false;
-  }
+void Fiber::exchange_exceptions(ExceptionState& leaving, const ExceptionState& next) {
   static_assert(sizeof(ExceptionState) == 2 * sizeof(void*));
-  void* globals = abi::__cxa_get_globals();
-  ExceptionState resumer_exceptions;
-  std::memcpy(&resumer_exceptions, globals, sizeof resumer_exceptions);
-  std::memcpy(globals, &exceptions_, sizeof exceptions_);
-#ifdef SIMT_ADDRESS_SANITIZER
-  void* resumer_fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(&resumer_fake_stack, stack_, kStackBytes);
-#endif
-  simt_switch_stack(&resumer_stack_pointer_, stack_pointer_);
-#ifdef SIMT_ADDRESS_SANITIZER
-  __sanitizer_finish_switch_fiber(resumer_fake_stack, nullptr, nullptr);
-#endif
-  std::memcpy(&exceptions_, globals, sizeof exceptions_);
-  std::memcpy(globals, &resumer_exceptions, sizeof resumer_exceptions);
-  if (ended_) {
-    stacks().give_back(stack_);
-    stack_ = nullptr;
-  }
+  void* const globals = abi::__cxa_get_globals();
+  std::memcpy(&leaving, globals, sizeof leaving);
+  std::memcpy(globals, &next, sizeof next);
 }
 
-void Fiber::suspend() { leave(false); }
+void Fiber::start() {
+  stack_ = stacks().take();
+  stack_pointer_ = first_stack_pointer(stack_, &Fiber::run, this);
+  exceptions_ = {};
+}
+
+void Fiber::resume() {
+  if (!started()) start();
+  Resumer resumer;
+  resumer_ = &resumer;
+  exchange_exceptions(resumer.exceptions, exceptions_);
+#ifdef SIMT_ADDRESS_SANITIZER
+  __sanitizer_start_switch_fiber(&resumer.fake_stack, stack_, kStackBytes);
+#endif
+  simt_switch_stack(&resumer.stack_pointer, stack_pointer_);
+#ifdef SIMT_ADDRESS_SANITIZER
+  __sanitizer_finish_switch_fiber(resumer.fake_stack, nullptr, nullptr);
+#endif
+}
+
+void Fiber::hand_over(Fiber& next) {
+  if (!next.started()) next.start();
+  next.resumer_ = resumer_;
+  exchange_exceptions(exceptions_, next.exceptions_);
+#ifdef SIMT_ADDRESS_SANITIZER
+  __sanitizer_start_switch_fiber(&fake_stack_, next.stack_, kStackBytes);
+#endif
+  simt_switch_stack(&stack_pointer_, next.stack_pointer_);
+  arrive();
+}
 
 void Fiber::run(void* fiber) {
   auto* self = static_cast<Fiber*>(fiber);
-#ifdef SIMT_ADDRESS_SANITIZER
-  __sanitizer_finish_switch_fiber(nullptr, &self->resumer_stack_, &self->resumer_stack_bytes_);
-#endif
+  self->arrive();
   self->entry_(self->argument_);
-  self->ended_ = true;
-  self->leave(true);
+  // Nobody takes the stack before this fiber has left it.
+  stacks().give_back(std::exchange(self->stack_, nullptr));
+  Resumer& resumer = *self->resumer_;
+  exchange_exceptions(self->exceptions_, resumer.exceptions);
+#ifdef SIMT_ADDRESS_SANITIZER
+  __sanitizer_start_switch_fiber(nullptr, resumer.stack, resumer.stack_bytes);
+#endif
+  simt_switch_stack(&self->stack_pointer_, resumer.stack_pointer);
 }
 
-void Fiber::leave([[maybe_unused]] bool for_good) {
+void Fiber::arrive() {
 #ifdef SIMT_ADDRESS_SANITIZER
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack_, resumer_stack_, resumer_stack_bytes_);
-#endif
-  simt_switch_stack(&stack_pointer_, resumer_stack_pointer_);
-#ifdef SIMT_ADDRESS_SANITIZER
-  __sanitizer_finish_switch_fiber(fake_stack_, &resumer_stack_, &resumer_stack_bytes_);
+  const void* stack = nullptr;
+  size_t stack_bytes = 0;
+  __sanitizer_finish_switch_fiber(std::exchange(fake_stack_, nullptr), &stack, &stack_bytes);
+  if (resumer_->stack != nullptr) return; // from another fiber
+  resumer_->stack = stack;
+  resumer_->stack_bytes = stack_bytes;
 #endif
 }
 

@@ -80,12 +80,12 @@ void Scheduler::run() {
       if (!(*block)->running) start_block(**block, block_to_start(num_started_++));
     ThreadState* thread = take_ready();
     if (thread == nullptr) return; // a block whose threads all wait has failed before
-    switch_to(*thread);
+    const ThreadState& ended = switch_to(*thread);
     if (failure_) {
       cancel();
       std::rethrow_exception(failure_);
     }
-    if (thread->block->left == threads_per_block_) end_block(*thread->block);
+    if (ended.block->left == threads_per_block_) end_block(*ended.block);
   }
 }
 
@@ -145,10 +145,10 @@ void Scheduler::end_block(BlockState& block) {
   RaceDetector::instance().restart_range(MemoryMap::instance().offset_of(block.shared), shared_bytes_);
 }
 
-void Scheduler::switch_to(ThreadState& thread) {
+ThreadState& Scheduler::switch_to(ThreadState& thread) {
   g_thread = &thread;
   thread.fiber.resume();
-  g_thread = nullptr;
+  return *std::exchange(g_thread, nullptr);
 }
 
 void Scheduler::thread_main(void* argument) {
@@ -229,7 +229,13 @@ void Scheduler::let_others_run() {
   thread.turn_left = kTurn;
   if (num_ready_ == 0) return;
   make_ready(thread);
-  thread.fiber.suspend();
+  pass_turn();
+}
+
+void Scheduler::pass_turn() {
+  ThreadState& thread = *g_thread;
+  g_thread = take_ready();
+  if (g_thread != &thread) thread.fiber.hand_over(g_thread->fiber);
   if (cancelling_) throw Cancelled{};
 }
 
@@ -250,8 +256,7 @@ void Scheduler::wait(ThreadState::State where, const Location& at) {
   ++block.waiting;
   if (block.waiting + block.left == threads_per_block_) fail_stuck(block, at);
   thread.turn_left = kTurn;
-  thread.fiber.suspend();
-  if (cancelling_) throw Cancelled{};
+  pass_turn(); // to a thread that is ready, as one of the block's is
 }
 
 // ---- reports

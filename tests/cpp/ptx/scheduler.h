@@ -121,13 +121,15 @@ class Scheduler {
   void thread_left(ThreadState& thread);
   void start_block(BlockState& block, uint64_t linear);
   void end_block(BlockState& block);
-  void switch_to(ThreadState& thread);
+  // Runs the thread, and those that it passes its turn to, until one of them ends: that one.
+  ThreadState& switch_to(ThreadState& thread);
   void cancel();
   uint64_t block_to_start(uint64_t position) const;
   Dim3 index_in(Dim3 dims, uint64_t linear) const;
 
   void make_ready(ThreadState& thread);
   ThreadState* take_ready();
+  void pass_turn(); // from the running thread to the next that is ready
   // The running thread waits until make_ready(it); a failure if that can never come.
   void wait(ThreadState::State where, const Location& at);
   [[noreturn]] void fail_stuck(const BlockState& block, const Location& at);
