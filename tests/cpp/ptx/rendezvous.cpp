@@ -105,7 +105,7 @@ uint32_t Scheduler::barrier(uint32_t id, uint32_t count, bool predicate, const L
   if (barrier.waiting.size() == barrier.expected)
     complete(barrier, block);
   else
-    wait(ThreadState::State::kAtBarrier, at);
+    wait(at);
   return static_cast<uint32_t>(thread.result);
 }
 
@@ -134,14 +134,14 @@ void Scheduler::check_mask(const BlockState& block, Collective kind, uint32_t ma
     fail(FailureKind::kWrongMask, std::string(name_of(kind)) + " of mask " + show_mask(mask) + ": " + why, at);
   };
   if ((mask >> thread.lane & 1) == 0) refuse("lane " + std::to_string(thread.lane) + " executes it without being in the mask");
-  for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) {
-    const uint32_t lane = lowest_lane(lanes);
-    const uint32_t other = thread.warp * 32 + lane;
-    if (other >= threads_per_block_) refuse("lane " + std::to_string(lane) + " does not exist in this block");
-    if (block.threads[other]->state == ThreadState::State::kDone) refuse("lane " + std::to_string(lane) + " has left");
+  const Warp& warp = block.warps[thread.warp];
+  if (const uint32_t absent = mask & ~warp.present; absent != 0) {
+    const uint32_t lane = lowest_lane(absent);
+    const bool exists = thread.warp * 32 + lane < threads_per_block_;
+    refuse("lane " + std::to_string(lane) + (exists ? " has left" : " does not exist in this block"));
   }
   // Lanes may wait at different collectives for a while, but not each for the other.
-  for (const Gathering& gathering : block.warps[thread.warp].gatherings) {
+  for (const Gathering& gathering : warp.gatherings) {
     const bool is_same = gathering.kind == kind && gathering.mask == mask;
     if (!is_same && (gathering.mask >> thread.lane & 1) != 0 && (gathering.arrived & mask) != 0)
       refuse("lanes " + show_mask(gathering.arrived & mask) + " of it wait for this lane at the " + show(gathering));
@@ -171,7 +171,7 @@ uint64_t Scheduler::collective(Collective kind, uint32_t mask, uint64_t value, u
     complete(*found, block, thread.warp);
     gatherings.erase(found);
   } else {
-    wait(ThreadState::State::kAtCollective, at);
+    wait(at);
   }
   return thread.result;
 }

@@ -116,7 +116,8 @@ void Scheduler::start_block(BlockState& block, uint64_t linear) {
   }
   for (uint32_t w = 0; w < block.warps.size(); ++w) {
     const uint32_t lanes = std::min(32u, threads_per_block_ - w * 32);
-    block.warps[w].requests.restart(lanes == 32 ? ~0u : (1u << lanes) - 1);
+    block.warps[w].present = lanes == 32 ? ~0u : (1u << lanes) - 1;
+    block.warps[w].requests.restart(block.warps[w].present);
   }
   for (uint32_t t = 0; t < threads_per_block_; ++t) {
     ThreadState& thread = *block.threads[t];
@@ -161,7 +162,7 @@ void Scheduler::thread_main(void* argument) {
   } catch (...) {
     if (!launch.cancelling_) launch.failure_ = std::current_exception();
   }
-  thread.state = ThreadState::State::kDone;
+  thread.block->warps[thread.warp].present &= ~(1u << thread.lane);
 }
 
 void Scheduler::thread_left(ThreadState& thread) {
@@ -196,7 +197,6 @@ void Scheduler::cancel() {
 // ---- taking turns
 
 void Scheduler::make_ready(ThreadState& thread) {
-  thread.state = ThreadState::State::kReady;
   size_t end = ready_begin_ + num_ready_++;
   if (end >= ready_.size()) end -= ready_.size();
   ready_[end] = &thread;
@@ -249,10 +249,9 @@ void Scheduler::was_idle(const Location& at) {
        at);
 }
 
-void Scheduler::wait(ThreadState::State where, const Location& at) {
+void Scheduler::wait(const Location& at) {
   ThreadState& thread = *g_thread;
   BlockState& block = *thread.block;
-  thread.state = where;
   ++block.waiting;
   if (block.waiting + block.left == threads_per_block_) fail_stuck(block, at);
   thread.turn_left = kTurn;

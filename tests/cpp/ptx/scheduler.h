@@ -25,10 +25,7 @@ struct BlockState;
 struct Conflict;
 
 struct ThreadState : Thread {
-  enum class State : uint8_t { kReady, kAtBarrier, kAtCollective, kDone };
-
   BlockState* block = nullptr;
-  State state = State::kReady;
   int64_t turn_left = 0; // how much it may do before others get a turn
   uint64_t instructions_counted = 0;
   uint64_t result = 0; // of the barrier or collective that it waited at
@@ -53,6 +50,7 @@ struct Gathering {
 };
 
 struct Warp {
+  uint32_t present = 0; // lanes that exist and have not left
   std::vector<Gathering> gatherings;
   WarpRequests requests;
 };
@@ -131,7 +129,7 @@ class Scheduler {
   ThreadState* take_ready();
   void pass_turn(); // from the running thread to the next that is ready
   // The running thread waits until make_ready(it); a failure if that can never come.
-  void wait(ThreadState::State where, const Location& at);
+  void wait(const Location& at);
   [[noreturn]] void fail_stuck(const BlockState& block, const Location& at);
   void complete(Barrier& barrier, BlockState& block);
   void complete(Gathering& gathering, BlockState& block, uint32_t warp);
