@@ -49,8 +49,8 @@ UNEXPLAINED = "none known"
 
 
 def code_at(source: str) -> str:
-    """Return the line of csrc/cuda that `file.cuh:12` names, or where it is from."""
-    name, number = source.rsplit(":", 1)
+    """Return the line that `file.cuh:12` names, or where it is from."""
+    name, _, number = source.rpartition(":")
     path = CSRC / name
     return path.read_text().splitlines()[int(number) - 1].strip() if path.is_file() else CUB
 

@@ -51,15 +51,18 @@ bool runs_on_device([[maybe_unused]] const at::Tensor& buffer) {
 } // namespace
 
 std::exception_ptr failed_exchange(const Engine::Place& place, const std::exception& error, bool refused) {
-  return std::make_exception_ptr(std::runtime_error(
-      "compressed_ddp: the exchange of the bucket that begins with '" + place.bucket->name() + "' failed at step " +
-      std::to_string(place.step) + " on rank " + std::to_string(place.rank) + " of " + std::to_string(place.world_size) + ": " +
-      text_of(error) +
-      (refused ? ". That rank loaded another checkpoint, was reset or rolled forward alone, or runs another version. "
-               : ". Usually another rank has died or is stalled beyond the process group's timeout: look for the first error in the "
-                 "other ranks' logs. ") +
-      "Nothing is lost here: what this rank had selected goes back into its residual, so state.state_dict() "
-      "can still be saved; then restart from the last checkpoint."));
+  const std::string text = text_of(error);
+  const char* advice = !refused ? ". Usually another rank has died or is stalled beyond the process group's timeout: look for the first "
+                                  "error in the other ranks' logs. "
+                       : text.find(kRefusedWords) != std::string::npos // not that rank's fault
+                           ? ". "
+                           : ". That rank loaded another checkpoint, was reset or rolled forward alone, or runs another version. ";
+  return std::make_exception_ptr(
+      std::runtime_error("compressed_ddp: the exchange of the bucket that begins with '" + place.bucket->name() + "' failed at step " +
+                         std::to_string(place.step) + " on rank " + std::to_string(place.rank) + " of " + std::to_string(place.world_size) +
+                         ": " + text + advice +
+                         "Nothing is lost here: what this rank had selected goes back into its residual, so state.state_dict() "
+                         "can still be saved; then restart from the last checkpoint."));
 }
 
 Engine::Engine(EngineOptions options)

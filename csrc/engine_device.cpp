@@ -45,7 +45,7 @@ void Engine::check_capture(Request& request, c10d::ProcessGroup& process_group) 
   const auto choice = bucket == nullptr ? choices_.end() : choices_.find(bucket->identity_hash());
   TORCH_CHECK(!is_ever_dense() && (choice == choices_.end() || !is_dense(choice->second.kind)),
               "compressed_ddp: a CUDA graph cannot hold a bucket that travels dense (exchange='dense', or a choice of 'auto'), because "
-              "its buffers are made anew in every step; use exchange='allgather' or 'split', or no hook at all");
+              "its buffers are made anew in every step; use exchange='allgather', 'split' or 'hierarchical', or no hook at all");
   TORCH_CHECK(
       bucket != nullptr && agreed_.contains(bucket->identity_hash()) && bucket->is_prepared(plan_of(process_group, options_.density)),
       "compressed_ddp: a CUDA graph cannot hold a bucket's first compressed step, which allocates and compares the ranks' "

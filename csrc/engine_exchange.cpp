@@ -38,8 +38,9 @@ struct Engine::Run {
   Place place;
   int num_collectives;
   std::function<WorkPtr(int)> start;
-  std::function<bool(int)> finish;                    // returns whether the result is bad
-  std::function<int(int, std::exception_ptr)> refuse; // Exchange::refuse; empty: nobody waits for it
+  std::function<bool(int)> finish;      // returns whether the result is bad
+  std::function<int(int, bool)> refuse; // Exchange::refuse; empty: nobody waits for it
+  std::exception_ptr failure;           // the first one
   c10::IValue result;
   c10::intrusive_ptr<Future> future;
   LaunchOrders orders; // of the collectives behind the first
@@ -89,7 +90,7 @@ struct Engine::Run {
       } catch (...) {
         failure = std::current_exception();
       }
-      if (failure != nullptr) return give_up(run, collective, failure);
+      if (failure != nullptr) return give_up(run, collective, failure, arrived);
       if (collective + 1 == run->num_collectives) return run->complete(bad);
       launch(run, collective + 1);
     });
@@ -103,17 +104,17 @@ struct Engine::Run {
         if (is_lost) throw std::runtime_error("an earlier exchange has failed on this rank, and the ranks' collectives no longer match");
         return {true, [run, collective, done = run->begin(collective)] { then(run, collective, done); }};
       } catch (const std::exception& error) {
-        return {false, [run, collective, failure = failed_exchange(run->place, error)] { give_up(run, collective, failure); }};
+        return {false, [run, collective, failure = failed_exchange(run->place, error)] { give_up(run, collective, failure, false); }};
       }
     });
   }
 
-  // This collective has failed, or has not begun.
-  static void give_up(const std::shared_ptr<Run>& run, int collective, const std::exception_ptr& failure) {
-    const int next = run->refuse ? run->refuse(collective, failure) : run->num_collectives;
+  static void give_up(const std::shared_ptr<Run>& run, int collective, const std::exception_ptr& failure, bool arrived) {
+    if (run->failure == nullptr) run->failure = failure;
+    const int next = run->refuse ? run->refuse(collective, arrived) : run->num_collectives;
     if (next == run->num_collectives) {
       run->settle(true);
-      run->future->setError(failure);
+      run->future->setError(run->failure);
     }
     run->lose(collective + 1, next);
     if (next < run->num_collectives) launch(run, next);
@@ -236,7 +237,7 @@ void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request&
     bucket->note_sums();
     return bad;
   };
-  run->refuse = [bucket](int collective, std::exception_ptr failure) { return bucket->exchange().refuse(collective, std::move(failure)); };
+  run->refuse = [bucket](int collective, bool arrived) { return bucket->exchange().refuse(collective, arrived); };
   start(std::move(run), request);
 }
 

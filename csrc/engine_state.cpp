@@ -74,7 +74,8 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::export_residuals() {
 }
 
 // Once ranks have compressed, the buckets that they have compared stay compared: if only one rank loads in the middle of a run, it
-// must not start a comparison that the others do not take part in. Every payload carries its step, so all notice at the next exchange.
+// must not start a comparison that the others do not take part in. Every payload carries its step (modulo 65536), so all notice at the next
+// exchange.
 void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Tensor>>& residuals, const std::optional<Shard>& shard,
                   const std::vector<ShardPlace>& places) {
   const std::lock_guard lock(mutex_);

@@ -47,9 +47,10 @@ class Exchange {
   // The last one writes the averages into `gradient`. Returns whether the result, the same on every rank, is non-finite somewhere (on a
   // device the report knows). Throws, `gradient` untouched, when a payload is not what it should be.
   virtual bool finish(int collective, at::Tensor& gradient) = 0;
-  // A collective has failed on this rank, or could not begin. Where ranks that know nothing of it wait for this one in a later collective,
-  // its number: they get a refusal there, and what has failed is thrown by its finish. Else num_collectives().
-  virtual int refuse(int /*collective*/, std::exception_ptr /*failure*/) { return num_collectives(); }
+  // A collective has failed on this rank, or could not begin (not arrived), or its finish has thrown (arrived). Where ranks that know
+  // nothing of it would wait for this one in a later collective, its number: they get a refusal there, and its finish throws. Else
+  // num_collectives(). CPU only: on a device nothing is known in time.
+  virtual int refuse(int /*collective*/, bool /*arrived*/) { return num_collectives(); }
   // What this rank sent comes back: after a failure, a bad step, rollback(). condition: as in Stages::restore.
   virtual void restore(const uint32_t* condition) = 0;
   virtual void forget_sent() = 0;

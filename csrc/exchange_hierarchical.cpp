@@ -42,8 +42,7 @@ class HierarchicalExchange final : public Exchange {
 
   void begin(const at::Tensor& gradient, const Unused& unused, int64_t step) override {
     step_ = step;
-    refused_ = nullptr;
-    is_bad_ = has_begun_ = false;
+    is_bad_ = has_begun_ = has_refused_ = false;
     shards_->pack(gradient.const_data_ptr(), unused.of_entries, sent_.mutable_data_ptr());
   }
 
@@ -63,25 +62,22 @@ class HierarchicalExchange final : public Exchange {
       if (between_ != nullptr) between_->begin(mean_, {{}, mean_.const_data_ptr<float>() + shards_->own_numel()}, step_);
       has_begun_ = between_ != nullptr;
     } else if (between_ != nullptr) {
-      try {
-        is_bad_ = between_->finish(collective - 1, result_) || is_bad_;
-      } catch (...) {
-        // The other ranks of the node wait for this one's shard: they get a header that says why there is none.
-        if (on_device_ || collective != between_collectives_) throw;
-        refused_ = std::current_exception();
-      }
+      is_bad_ = between_->finish(collective - 1, result_) || is_bad_;
     }
-    if (collective == between_collectives_)
-      shards_->seal(slot_.data_ptr<uint8_t>(), step_, refused_ != nullptr ? kFlagRefused : is_bad_ ? kFlagNonFinite : uint8_t{0});
+    if (collective == between_collectives_) shards_->seal(slot_.data_ptr<uint8_t>(), step_, is_bad_ ? kFlagNonFinite : uint8_t{0});
     return false; // what all ranks of the node see, all judge
   }
 
-  // Between the nodes: this rank's node has its shard from nobody else.
-  int refuse(int collective, std::exception_ptr failure) override {
+  // This rank's node has its shard from nobody else, whatever happens between the nodes.
+  int refuse(int collective, bool arrived) override {
     const int last = num_collectives() - 1;
-    if (on_device_ || collective == 0 || collective == last) return num_collectives();
-    refused_ = std::move(failure);
+    if (collective == last || (collective == 0 && !arrived)) return num_collectives();
+    if (collective > 0 && between_ != nullptr) { // owners of other nodes wait, too
+      const int next = between_->refuse(collective - 1, arrived);
+      if (next < between_->num_collectives()) return next + 1;
+    }
     shards_->seal(slot_.data_ptr<uint8_t>(), step_, kFlagRefused);
+    has_refused_ = true;
     return last;
   }
 
@@ -105,7 +101,7 @@ class HierarchicalExchange final : public Exchange {
 
  private:
   bool apply_slots(at::Tensor& gradient) {
-    if (refused_ != nullptr) std::rethrow_exception(refused_);
+    if (has_refused_) throw std::runtime_error("this rank has refused its shard");
     shards_->check(slots_.const_data_ptr<uint8_t>(), step_);
     return shards_->unpack(slots_.const_data_ptr<uint8_t>(), step_, gradient.mutable_data_ptr());
   }
@@ -117,7 +113,7 @@ class HierarchicalExchange final : public Exchange {
   int64_t step_ = -1;
   bool is_bad_ = false;
   bool has_begun_ = false; // the exchange between nodes, in this step: before it, nothing of the residual was touched
-  std::exception_ptr refused_;
+  bool has_refused_ = false;
   at::Tensor sent_, received_; // shards and presences, by all_to_all
   at::Tensor mean_;            // fp32: this rank's shard, then the presences
   at::Tensor slots_, slot_;    // of the node's averages; of this rank's, a view

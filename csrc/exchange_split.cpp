@@ -69,7 +69,7 @@ class SplitExchange final : public Exchange {
   void begin(const at::Tensor& gradient, const Unused& unused, int64_t step) override {
     step_ = step;
     sums_ = {};
-    refused_ = nullptr;
+    has_refused_ = false;
     has_added_lost_ = false;
     if (lost_.defined()) owner_->clear(lost_.data_ptr<float>(), lost_.numel());
     for (size_t o = 0; o < stages_.size(); ++o)
@@ -86,19 +86,18 @@ class SplitExchange final : public Exchange {
 
   bool finish(int collective, at::Tensor& gradient) override {
     if (collective == 1) return apply_averages(gradient);
-    if (owner_ == nullptr) return false;
-    try {
-      select_averages();
-    } catch (...) {
-      // The other ranks wait for this one's averages: they get a header that says why there are none.
-      if (on_device_) throw; // a launch that failed, here and not there
-      refused_ = std::current_exception();
-      const Sender self = members_.self(step_);
-      PayloadHeader header = make_header(owner_->layout(), self.rank, step_, false);
-      header.flags = kFlagRefused;
-      std::memcpy(average_.data_ptr<uint8_t>(), &header, sizeof header);
-    }
+    if (owner_ != nullptr) select_averages();
     return false; // what all ranks see, all judge
+  }
+
+  // The other ranks wait for this one's averages. When the payloads have not arrived, they have not arrived there either.
+  int refuse(int collective, bool arrived) override {
+    if (collective != 0 || !arrived || owner_ == nullptr) return num_collectives();
+    PayloadHeader header = make_header(owner_->layout(), members_.self(step_).rank, step_, false);
+    header.flags = kFlagRefused;
+    std::memcpy(average_.data_ptr<uint8_t>(), &header, sizeof header);
+    has_refused_ = true;
+    return 1;
   }
 
   void restore(const uint32_t* condition) override {
@@ -141,7 +140,7 @@ class SplitExchange final : public Exchange {
   }
 
   bool apply_averages(at::Tensor& gradient) {
-    if (refused_ != nullptr) std::rethrow_exception(refused_);
+    if (has_refused_) throw std::runtime_error("this rank has refused its range");
     const auto received_from = [&](size_t o) {
       const auto owner = static_cast<int64_t>(o);
       return Received{gathered_.const_data_ptr<uint8_t>() + owner * stride_, 1, {members_.senders.rank_of(owner)}, step_};
@@ -178,7 +177,7 @@ class SplitExchange final : public Exchange {
   at::Tensor sum_;  // [numel of this rank's range]: the average before it is selected from
   at::Tensor lost_; // same: the average minus what its payload decodes to, where that is not left out altogether
   bool has_added_lost_ = false;
-  std::exception_ptr refused_;
+  bool has_refused_ = false;
 };
 
 } // namespace

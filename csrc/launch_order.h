@@ -2,7 +2,7 @@
 // the same order. This is the queue that restores it: the order in which the hook saw the buckets.
 //
 // A rank that cannot begin one of them has lost the order: what it began next would meet another bucket's collective on the other ranks,
-// and Gloo aborts a process that receives another size than it expects. So nothing begins any more on that rank.
+// and Gloo aborts a process that receives another size than it expects. So nothing of that order begins any more on that rank.
 #pragma once
 
 #include <array>

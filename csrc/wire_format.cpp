@@ -59,7 +59,7 @@ std::string check_header(const PayloadHeader& expected, const uint8_t* payload) 
   const PayloadHeader got = read_header(payload);
   if (got.version != expected.version)
     return differs("wire format version", expected.version, got.version) + "; install the same compressed_ddp on every rank";
-  if ((got.flags & kFlagRefused) != 0) return "its rank had nothing to send: its own error says why";
+  if ((got.flags & kFlagRefused) != 0) return kRefusedWords;
   if ((got.flags & ~kFlagNonFinite) != 0) return differs("flags beyond the non-finite one", 0, got.flags & ~kFlagNonFinite);
   if (got.rank != expected.rank) return differs("rank", expected.rank, got.rank) + kModulo;
   if (got.step != expected.step) return differs("step", expected.step, got.step) + kModulo;
@@ -76,7 +76,7 @@ const char* name_of(ValueFormat value_format) {
     case ValueFormat::kSign:
       return "sign";
   }
-  return "an unknown one"; // of a hostile header
+  return "an unknown one"; // of a rank with a later version
 }
 
 ValueFormat value_format_of(std::string_view name) {

@@ -72,6 +72,9 @@ constexpr uint16_t layout_check(uint64_t hash) { return static_cast<uint16_t>(ha
 PayloadHeader make_header(const Layout& layout, int64_t rank, int64_t step, bool non_finite);
 PayloadHeader read_header(const uint8_t* payload);
 
+// What check_header says of a payload with kFlagRefused.
+inline constexpr const char* kRefusedWords = "its rank had nothing to send: its own error says why";
+
 // Compares the header of a payload that came from outside with what this rank expects. Empty, or one line that says which field differs.
 std::string check_header(const Layout& layout, const uint8_t* payload, int64_t rank, int64_t step);
 // The same with the header that is expected; its flags are not compared.

@@ -44,7 +44,7 @@ struct SelectArguments { // all pointers in device memory
   float* const*
       residuals; // per segment, 4-byte aligned; nullptr = no error feedback. 16-byte accesses need equal alignment with the gradient
   const uint8_t* unused;        // per segment, as in CompensateSelectArguments; or nullptr
-  uint8_t* payload;             // [payload_bytes(layout)], 64-byte aligned
+  uint8_t* payload;             // [payload_bytes(layout)], 8-byte aligned
   PayloadHeader header;         // make_header(.., non_finite = false): the flag is set on the device
   SelectStatistics* statistics; // written
   uint32_t* sent = nullptr;     // set to 1 by the last kernel: the payload holds entries that are missing from the residual

@@ -623,6 +623,8 @@ def test_a_rank_killed_between_two_collectives_gives_words_and_nothing_is_lost()
                 "the shard of rank 3 is not what this rank expects (its rank had nothing to send"
             )
         assert words in failed.message
+        assert failed.message.count("failed at step") == 1
+        assert "loaded another checkpoint" not in failed.message
         assert failed.seconds < 12 and after.message != ""
         _, kept = hierarchical_steps(case, 4, buckets)
         node = [case.gradients(r, 3) for r in (rank // 2 * 2, rank // 2 * 2 + 1)]
