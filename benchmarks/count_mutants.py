@@ -26,8 +26,8 @@ CSRC = ROOT / "csrc" / "cuda"
 PROGRAMS = {  # which kernels, which tests notice most of it quickly, and which reach the rest
     "compensate_select_cuda_test_ptx80": (
         "(kernelIf|encode_lost)",
-        "*AWrongGuess*:*ManySegments*:*ALayout*:*OneNonFinite*",
-        "*AGuessThat*:*ManySteps*:*SmallGroupsAlone*",
+        "*AWrongGuess*:*ManySegments*:*ALayout*:*OneNonFinite*:*Largest*:*Zeros*:*TwoSegments*",
+        "*AGuessThat*:*ManySteps*:*SmallGroupsAlone*:*MoreGroups*",
     ),
     "decode_apply_cuda_test_ptx80": (
         "(decode_apply_kernelIf|nan_if_flagged_kernelIf|restore_kernel|return_dropped_kernel|add_lost_kernel)",

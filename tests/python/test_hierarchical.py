@@ -618,7 +618,7 @@ def test_a_rank_killed_between_two_collectives_gives_words_and_nothing_is_lost()
         failed, after, buckets = outcomes[rank]
         assert "failed at step 3" in failed.message and f"on rank {rank} of 4" in failed.message
         words = "another rank has died or is stalled"
-        if rank == 2:
+        if rank == 2 and stand_in.PATH is None:  # on a device nothing is known in time
             words = (
                 "the shard of rank 3 is not what this rank expects (its rank had nothing to send"
             )

@@ -1,5 +1,6 @@
 // compensate_select_ and encode on CUDA against the CPU engine, bit for bit: payload bytes and residual.
 #include <cmath>
+#include <limits>
 
 #include "cuda_cases.h"
 
@@ -97,6 +98,59 @@ TEST(CompensateSelectCuda, OneNonFiniteEntryFlagsThePayloadWhereverItLies) {
         if (HasFatalFailure()) return;
       }
   }
+}
+
+TEST(CompensateSelectCuda, TheLargestFiniteNumberIsFinite) {
+  for (const Numbers& segments : {Numbers{300, kTileNumel + 77, 900}, Numbers{300, 2000, 900}}) {
+    const Layout layout = Layout::make(segments, Numbers{0, 1, -1}, Numbers{3, 40}, ValueFormat::kFloat32);
+    CudaPlan plan(layout);
+    GradientAndResidual data = make_data(Data::kNormal, layout.numel, 45);
+    for (const Segment& segment : layout.segments) {
+      const auto at = static_cast<size_t>(segment.offset + 101);
+      data.gradient[at] = -std::numeric_limits<float>::max();
+      data.residual[at] = 0;
+    }
+    const SelectionCase c = make_case(layout, GradientType::kFloat32, data, true);
+    const EncodedCase expected = on_cpu(c);
+    ASSERT_EQ(read_header(expected.payload.data()).flags, 0);
+    for (const Method method : kMethods) {
+      const EncodedCase got = plan.run(c, method); // but for the statistics, whose squares overflow
+      expect_same_payload(layout, expected.payload, got.payload);
+      ASSERT_TRUE(same_bits(expected.residual, got.residual)) << name_of(method);
+    }
+  }
+}
+
+TEST(CompensateSelectCuda, ZerosTravelWhereLessIsThere) {
+  const int64_t t = kTileNumel; // tails that fill no warp's row
+  const Layout layout = Layout::make(Numbers{2 * t + 77, t + 13, 301}, Numbers{0, 1, 2}, Numbers{900, 40, 200});
+  CudaPlan plan(layout);
+  GradientAndResidual data{std::vector<float>(static_cast<size_t>(layout.numel)), std::vector<float>(static_cast<size_t>(layout.numel))};
+  for (int64_t i = 0; i < layout.numel; i += 997) data.gradient[static_cast<size_t>(i)] = static_cast<float>(i % 7 - 3);
+  expect_as_on_cpu(make_case(layout, GradientType::kFloat32, data, true), plan);
+}
+
+TEST(CompensateSelectCuda, TwoSegmentsOfSignsAsTwoGroupsAndAsOne) { // searches end where two are left
+  const int64_t t = kTileNumel;
+  for (const Numbers& groups : {Numbers{0, 1}, Numbers{0, 0}}) {
+    const Layout layout =
+        Layout::make(Numbers{t + 77, t + 5}, groups, groups[1] == 0 ? Numbers{300} : Numbers{30, 290}, ValueFormat::kSign);
+    CudaPlan plan(layout);
+    expect_as_on_cpu(make_case(layout, GradientType::kFloat32, make_data(Data::kNormal, layout.numel, 46), true), plan);
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST(CompensateSelectCuda, MoreGroupsAndRunsThanABlockHasThreads) {
+  constexpr int64_t kGroups = cuda::kThreads + 3;
+  Numbers numels, groups, k;
+  for (int64_t g = 0; g < kGroups; ++g) numels.push_back(kTileNumel + 1 + g % 3), groups.push_back(g), k.push_back(1 + g % 5);
+  const Layout layout = Layout::make(numels, groups, k);
+  CudaPlan plan(layout);
+  const SelectionCase c = make_case(layout, GradientType::kFloat32, make_data(Data::kNormal, layout.numel, 47), true);
+  const EncodedCase expected = on_cpu(c);
+  expect_same(layout, expected, plan.run(c, Method::kOnePass));
+  ASSERT_TRUE(plan.workspace_is_clear());
 }
 
 TEST(CompensateSelectCuda, EqualsTheCpuEngineAtAnyAlignment) {
