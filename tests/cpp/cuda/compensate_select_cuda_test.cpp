@@ -101,24 +101,26 @@ TEST(CompensateSelectCuda, OneNonFiniteEntryFlagsThePayloadWhereverItLies) {
 }
 
 TEST(CompensateSelectCuda, TheLargestFiniteNumberIsFinite) {
-  for (const Numbers& segments : {Numbers{300, kTileNumel + 77, 900}, Numbers{300, 2000, 900}}) {
-    const Layout layout = Layout::make(segments, Numbers{0, 1, -1}, Numbers{3, 40}, ValueFormat::kFloat32);
-    CudaPlan plan(layout);
-    GradientAndResidual data = make_data(Data::kNormal, layout.numel, 45);
-    for (const Segment& segment : layout.segments) {
-      const auto at = static_cast<size_t>(segment.offset + 101);
-      data.gradient[at] = -std::numeric_limits<float>::max();
-      data.residual[at] = 0;
+  for (const Numbers& segments : {Numbers{300, kTileNumel + 77, 900}, Numbers{300, 2000, 900}})
+    for (const bool beside_inf : {false, true}) { // then the residual of its tile is left to the last kernel
+      const Layout layout = Layout::make(segments, Numbers{0, 1, -1}, Numbers{3, 40}, ValueFormat::kFloat32);
+      CudaPlan plan(layout);
+      GradientAndResidual data = make_data(Data::kNormal, layout.numel, 45);
+      for (const Segment& segment : layout.segments) {
+        const auto at = static_cast<size_t>(segment.offset + 101);
+        data.gradient[at] = -std::numeric_limits<float>::max();
+        data.residual[at] = 0;
+        if (beside_inf) data.gradient[at + 9] = INFINITY;
+      }
+      const SelectionCase c = make_case(layout, GradientType::kFloat32, data, true);
+      const EncodedCase expected = on_cpu(c);
+      ASSERT_EQ(read_header(expected.payload.data()).flags, beside_inf ? kFlagNonFinite : 0);
+      for (const Method method : kMethods) {
+        const EncodedCase got = plan.run(c, method); // but for the statistics, whose squares overflow
+        expect_same_payload(layout, expected.payload, got.payload);
+        ASSERT_TRUE(same_bits(expected.residual, got.residual)) << name_of(method);
+      }
     }
-    const SelectionCase c = make_case(layout, GradientType::kFloat32, data, true);
-    const EncodedCase expected = on_cpu(c);
-    ASSERT_EQ(read_header(expected.payload.data()).flags, 0);
-    for (const Method method : kMethods) {
-      const EncodedCase got = plan.run(c, method); // but for the statistics, whose squares overflow
-      expect_same_payload(layout, expected.payload, got.payload);
-      ASSERT_TRUE(same_bits(expected.residual, got.residual)) << name_of(method);
-    }
-  }
 }
 
 TEST(CompensateSelectCuda, ZerosTravelWhereLessIsThere) {
