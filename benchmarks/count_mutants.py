@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from timing import RESULTS, goal, write_counted
 
@@ -91,7 +92,7 @@ def readable(mangled: str) -> str:
 
 
 def main() -> int:
-    """Run the mutants of both programs, print what is left and write the results file."""
+    """Run the mutants of all programs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -121,6 +122,11 @@ def main() -> int:
                 [sys.executable, MUTATE, options.folder / program, *arguments], check=False
             )
             mutants += json.loads(found.read_text())["mutants"]
+    return write_result(mutants, options.kind, options.output)
+
+
+def write_result(mutants: list[dict[str, Any]], kind: str, output: Path | None) -> int:
+    """Print what is left and write the results file."""
     rows = []
     for kernel in sorted({mutant["kernel"] for mutant in mutants}):
         outcomes = Counter(m["outcome"] or "survived" for m in mutants if m["kernel"] == kernel)
@@ -149,21 +155,21 @@ def main() -> int:
         }
         for (kernel, source, comparison), count in sorted(survivors.items())
     ]
-    if options.kind == "sync":
+    if kind == "sync":
         goals = [goal("removed barriers and fences that nothing notices", survived, at_most=0)]
     else:
         unexplained = sum(one["mutants"] for one in listed if one["reason"] == UNEXPLAINED)
         goals = [goal("flipped comparisons that survive without a reason", unexplained, at_most=0)]
     write_counted(
         "count_mutants",
-        f"Mutants of the CUDA kernels ({options.kind}), executed without a GPU",
-        settings={"kind": options.kind, "kernels": "fp32, PTX of sm_80, interpreted"},
+        f"Mutants of the CUDA kernels ({kind}), executed without a GPU",
+        settings={"kind": kind, "kernels": "fp32, PTX of sm_80, interpreted"},
         goals=goals,
         rows=rows,
-        path=options.output or RESULTS / f"mutants_{options.kind}.json",
+        path=output or RESULTS / f"mutants_{kind}.json",
         survivors=listed,
     )
-    return 1 if survived and options.kind == "sync" else 0
+    return 1 if survived and kind == "sync" else 0
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ TEST(CompensateSelectCuda, TheLargestFiniteNumberIsFinite) {
       for (const Segment& segment : layout.segments) {
         const auto at = static_cast<size_t>(segment.offset + 101);
         data.gradient[at] = -std::numeric_limits<float>::max();
-        data.residual[at] = 0;
+        data.residual[at] = 1; // which the sum swallows
         if (beside_inf) data.gradient[at + 9] = INFINITY;
       }
       const SelectionCase c = make_case(layout, GradientType::kFloat32, data, true);
