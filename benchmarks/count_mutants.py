@@ -27,7 +27,7 @@ CSRC = ROOT / "csrc" / "cuda"
 PROGRAMS = {  # which kernels, which tests notice most of it quickly, and which reach the rest
     "compensate_select_cuda_test_ptx80": (
         "(kernelIf|encode_lost)",
-        "*AWrongGuess*:*ManySegments*:*ALayout*:*OneNonFinite*:*Largest*:*Zeros*:*TwoSegments*",
+        "*AWrongGuess*:*ManySegments*:*ALayout*:*OneNonFinite*:*Largest*:*Zeros*:*TwoSegments*:*Edges*",
         "*AGuessThat*:*ManySteps*:*SmallGroupsAlone*:*MoreGroups*",
     ),
     "decode_apply_cuda_test_ptx80": (

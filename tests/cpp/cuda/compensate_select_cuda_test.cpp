@@ -242,6 +242,26 @@ TEST(CompensateSelectCuda, AWrongGuessIsMended) {
   }
 }
 
+// Powers of two are where bins begin: thresholds, guessed well or badly, are then keys that entries have.
+TEST(CompensateSelectCuda, EntriesAtTheEdgesOfBinsAreOnTheRightSide) {
+  const Layout layout = two_runs(ValueFormat::kFloat32);
+  CudaPlan plan(layout);
+  const int64_t k = layout.selected_numel;
+  for (const bool in_sectors : {false, true}) {
+    SCOPED_TRACE(in_sectors ? "whole sectors, seed 14" : "spread, seed 48");
+    GradientAndResidual data =
+        in_sectors ? large_sectors(layout.numel, layout.numel / 100 / cuda::kSectorNumel, 14) : make_data(Data::kNormal, layout.numel, 48);
+    for (size_t i = 0; i < data.gradient.size(); ++i) {
+      float& g = data.gradient[i];
+      if (!in_sectors) g = static_cast<int64_t>(i * 7919 % data.gradient.size()) < 2 * k ? std::copysign(1.0f, g) : 0.01f * g;
+      if (in_sectors && std::abs(g) > 20) g = std::copysign(64.0f, g);
+      data.residual[i] = 0;
+    }
+    expect_as_on_cpu(make_case(layout, GradientType::kFloat32, data, true), plan);
+    if (HasFatalFailure()) return;
+  }
+}
+
 TEST(CompensateSelectCuda, ManyStepsKeepWhatWasNotSent) {
   struct Formats {
     GradientType type;
