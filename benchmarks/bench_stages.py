@@ -280,7 +280,7 @@ def payload_arms(
     restored = residual.clone()
     used = iter(range(sys.maxsize))  # outputs rotate over all arms that write one
 
-    def encode(rank: int, world_size: int) -> torch.Tensor:
+    def encode(rank: int) -> torch.Tensor:
         return ops.encode(*selections[rank], *layout.arguments, rank=rank)
 
     def fill(turn: int) -> Callable[[], object]:
@@ -288,7 +288,7 @@ def payload_arms(
         return lambda: output.fill_(0)
 
     def decode_apply(world_size: int) -> Prepared:
-        gathered = torch.stack([encode(rank, world_size) for rank in range(world_size)])
+        gathered = torch.stack([encode(rank) for rank in range(world_size)])
 
         def prepare(turn: int) -> Callable[[], object]:
             output = outputs[next(used) % NUM_BUFFERS]
@@ -296,9 +296,9 @@ def payload_arms(
 
         return Prepared(prepare)
 
-    payload = encode(0, 1)
+    payload = encode(0)
     arms: dict[str, Callable[[int], object]] = {
-        "encode": lambda turn: encode(turn % len(selections), len(selections)),
+        "encode": lambda turn: encode(turn % len(selections)),
         "fill": Prepared(fill),
     }
     for world_size in world_sizes:

@@ -43,12 +43,14 @@ PROGRAMS = {  # which kernels, which tests notice most of it quickly, and which 
 }
 
 
-# Why nothing can notice: of a line of the source that holds these words.
+CUB = "in CUB's header"
 UNROLLED = (
     "nvcc's choice between a loop and the same loop unrolled by four, which differs beyond 768 rounds only; "
     "or a zero more, written into what is zero or is written later"
 )
 MENDED = "what is a candidate is a guess: what it misses, a second pass finds, and what is too much, refine takes out"
+
+# Why nothing can notice: of a line of the source that holds these words.
 REASONS: tuple[tuple[str, str], ...] = (
     (
         "entry < end && word_index < 2 * plan.high_words",
@@ -88,10 +90,9 @@ REASONS: tuple[tuple[str, str], ...] = (
         "every thread has as many bins, and its last is one less than a multiple of their number: never the edge",
     ),
     ("__nanosleep(64)", "one sleep more or less before the same word is there"),
-    ("in CUB's header", "a lane whose sum nobody uses: the result is lane 0's"),
+    (CUB, "a lane whose sum nobody uses: the result is lane 0's"),
 )
 GUESS = "a guess is never wrong, only costly; counted_bytes_test holds the cost"
-CUB = "in CUB's header"
 UNEXPLAINED = "none known"
 
 
@@ -133,16 +134,8 @@ def main() -> int:
     for program, (kernels, tests, then) in PROGRAMS.items():
         with tempfile.TemporaryDirectory() as folder:
             found = Path(folder) / "mutants.json"
-            arguments = [
-                "--kernel",
-                kernels,
-                "--filter",
-                tests,
-                "--then",
-                then,
-                "--kind",
-                options.kind,
-            ]
+            arguments = ["--kernel", kernels, "--filter", tests, "--then", then]
+            arguments += ["--kind", options.kind]
             arguments += ["--jobs", str(options.jobs), "--json", str(found)]
             if options.kind == "compare":
                 arguments.append("--one-per-source")
@@ -176,10 +169,10 @@ def write_result(mutants: list[dict[str, Any]], kind: str, output: Path | None) 
         {
             "kernel": kernel,
             "source": source,
-            "code": code_at(source),
+            "code": (code := code_at(source)),
             "comparison": comparison,
             "mutants": count,
-            "reason": reason_of(kernel, code_at(source)),
+            "reason": reason_of(kernel, code),
         }
         for (kernel, source, comparison), count in sorted(survivors.items())
     ]

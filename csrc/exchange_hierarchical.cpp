@@ -25,7 +25,7 @@ class HierarchicalExchange final : public Exchange {
  public:
   HierarchicalExchange(std::unique_ptr<ShardStages> shards, std::unique_ptr<Exchange> between, int between_collectives, int64_t index,
                        GradientType type, const StageMaker& maker)
-      : shards_(std::move(shards)), between_(std::move(between)), between_collectives_(between_collectives), on_device_(maker.on_device) {
+      : shards_(std::move(shards)), between_(std::move(between)), between_collectives_(between_collectives) {
     const auto gradients = at::TensorOptions().dtype(scalar_type(type)).device(maker.device);
     const int64_t own = shards_->own_message_numel(), count = shards_->count();
     int64_t sent = 0;
@@ -109,7 +109,6 @@ class HierarchicalExchange final : public Exchange {
   std::unique_ptr<ShardStages> shards_;
   std::unique_ptr<Exchange> between_;
   int between_collectives_;
-  bool on_device_;
   int64_t step_ = -1;
   bool is_bad_ = false;
   bool has_begun_ = false; // the exchange between nodes, in this step: before it, nothing of the residual was touched

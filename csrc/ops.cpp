@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <functional>
-#include <limits>
 
 #include "cpu/compensate_select.h"
 #include "cpu/decode.h"
