@@ -19,81 +19,34 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mutant_reasons import CUB, UNEXPLAINED, reason_of
 from timing import RESULTS, goal, write_counted
 
 ROOT = Path(__file__).resolve().parents[1]
 MUTATE = ROOT / "tests" / "cpp" / "ptx" / "mutate_ptx.py"
 CSRC = ROOT / "csrc" / "cuda"
-PROGRAMS = {  # which kernels, which tests notice most of it quickly, and which reach the rest
-    "compensate_select_cuda_test_ptx80": (
-        "(kernelIf|encode_lost)",
-        "*AWrongGuess*:*ManySegments*:*ALayout*:*OneNonFinite*:*Largest*:*Zeros*:*TwoSegments*:*Edges*",
+SELECTION = "compensate_select_cuda_test_ptx80"
+RUNS = (  # a program, its kernels, tests that notice most of them quickly, and tests that reach the rest
+    (SELECTION, "guess_kernelIf", "*AWrongGuess*:*Edges*:*Zeros*", ""),
+    (
+        SELECTION,
+        "(filter_kernelIf|histogram_kernelIf|refine_kernelIf|emit_kernelIf|small_kernelIf|encode_lost)",
+        "*AWrongGuess*:*ManySegments*:*ALayout*:*OneNonFinite*:*Largest*:*Zeros*:*TwoSegments*:*Edges*:*AllTails*",
         "*AGuessThat*:*ManySteps*:*SmallGroupsAlone*:*MoreGroups*",
     ),
-    "decode_apply_cuda_test_ptx80": (
-        "(decode_apply_kernelIf|nan_if_flagged_kernelIf|restore_kernel|return_dropped_kernel|add_lost_kernel)",
-        "*",
-        "",
+    (
+        "decode_apply_cuda_test_ptx80",
+        "(decode_apply_kernelIf|nan_if_flagged_kernelIf|restore_kernel|return_dropped_kernelIf|add_lost_kernel)",
+        "*-*ManyRanks*:*AtTheEndOfARound*",
+        "*ManyRanks*:*AtTheEndOfARound*",
     ),
-    "shards_cuda_test_ptx80": (
+    (
+        "shards_cuda_test_ptx80",
         "(pack_shards_kernelIj|unpack_shards_kernelIj|mean_of_shards_kernelIf|mark_unused|seal_slot)",
         "*",
         "",
     ),
-}
-
-
-CUB = "in CUB's header"
-UNROLLED = (
-    "nvcc's choice between a loop and the same loop unrolled by four, which differs beyond 768 rounds only; "
-    "or a zero more, written into what is zero or is written later"
 )
-MENDED = "what is a candidate is a guess: what it misses, a second pass finds, and what is too much, refine takes out"
-
-# Why nothing can notice: of a line of the source that holds these words.
-REASONS: tuple[tuple[str, str], ...] = (
-    (
-        "entry < end && word_index < 2 * plan.high_words",
-        "of the rank's own payload the first condition ends the loop, and one round more finds nothing before `end`",
-    ),
-    (
-        "word_index + lane < 2 * plan.high_words) word",
-        "one word more is read, inside the payload, and its bits lie behind `end`",
-    ),
-    (
-        "const bool valid = c < count;",
-        "the value is 0 beyond the last entry, and zeros are taken only after all real ones",
-    ),
-    ("first < count; first += 32", "a round more, in which no lane is valid"),
-    ("plan.states[g] = GroupState{}", UNROLLED),
-    ("plan.look_back[r] = 0", UNROLLED),
-    ("counts[b] = 0;", UNROLLED),
-    ("b < kHistogramBins; b += kThreads", UNROLLED),
-    ("if (counts[b] != 0) add_relaxed", UNROLLED),
-    ("w < plan.high_words; w += kThreads", UNROLLED),
-    ("signs[w] = 0;", UNROLLED),
-    ("i < num_sums; i += kThreads", UNROLLED),
-    ("c < static_cast<int>(tile_state); c += kThreads", UNROLLED),
-    ("i < tile.numel; i += kThreads", UNROLLED),
-    ("canonical(load_one(gradient + i))", UNROLLED),
-    ("p < a.count; p += kThreads", UNROLLED),
-    ("state.again = above", MENDED),
-    ("(key >= low) <<", MENDED),
-    ("if (key >= high)", MENDED),
-    ("order.total > static_cast<uint32_t>(min(group.slot_numel", MENDED),
-    (
-        "bits > kHistogramBits ? bits - kHistogramBits : 0",
-        "bins half as wide or twice: refine reads as many keys or twice as many",
-    ),
-    (
-        "if (last - b >= 0",
-        "every thread has as many bins, and its last is one less than a multiple of their number: never the edge",
-    ),
-    ("__nanosleep(64)", "one sleep more or less before the same word is there"),
-    (CUB, "a lane whose sum nobody uses: the result is lane 0's"),
-)
-GUESS = "a guess is never wrong, only costly; counted_bytes_test holds the cost"
-UNEXPLAINED = "none known"
 
 
 def code_at(source: str) -> str:
@@ -101,13 +54,6 @@ def code_at(source: str) -> str:
     name, _, number = source.rpartition(":")
     path = CSRC / name
     return path.read_text().splitlines()[int(number) - 1].strip() if path.is_file() else CUB
-
-
-def reason_of(kernel: str, code: str) -> str:
-    """Return why its survivors are as good as the original."""
-    if kernel == "guess":
-        return GUESS
-    return next((reason for words, reason in REASONS if words in code), UNEXPLAINED)
 
 
 def readable(mangled: str) -> str:
@@ -131,7 +77,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     mutants = []
-    for program, (kernels, tests, then) in PROGRAMS.items():
+    for program, kernels, tests, then in RUNS:
         with tempfile.TemporaryDirectory() as folder:
             found = Path(folder) / "mutants.json"
             arguments = ["--kernel", kernels, "--filter", tests, "--then", then]

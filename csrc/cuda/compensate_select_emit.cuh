@@ -136,7 +136,9 @@ __device__ void emit_run(const DevicePlan& plan, const SelectArguments& a, int r
 
 // Leaves the cleared part of the workspace as it was; the histograms were cleared when they were read.
 __device__ inline void clear_states(const DevicePlan& plan) {
+#pragma unroll 1 // by one block: few rounds
   for (int g = threadIdx.x; g < plan.num_large_groups; g += kThreads) plan.states[g] = GroupState{};
+#pragma unroll 1
   for (int r = threadIdx.x; r < plan.num_runs; r += kThreads) plan.look_back[r] = 0;
   if (threadIdx.x == 0) plan.step->non_finite = plan.step->next_run = 0; // the ticket has wrapped to 0 by itself
 }

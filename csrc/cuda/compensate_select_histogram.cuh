@@ -47,13 +47,14 @@ __global__ void __launch_bounds__(kThreads, kAgain ? 2 : 3) histogram_kernel(Dev
   const Run run = plan.runs[blockIdx.x];
   GroupState& state = plan.states[run.group];
   if (kAgain && state.again == 0) return;
-  for (int b = threadIdx.x; b < kHistogramBins; b += kThreads) counts[b] = 0;
+  for (int b = 0; b < kHistogramBins / kThreads; ++b) counts[b * kThreads + threadIdx.x] = 0;
   __syncthreads();
   for (int t = run.first_tile; t < run.first_tile + run.num_tiles; ++t) {
     const Tile tile = plan.tiles[t];
     const TileSource<gradient_t> source(a, tile);
     const uint32_t tile_state = kAgain ? plan.tile_states[t] : 0;
     if (kAgain && (tile_state & kReadAll) == 0 && source.residual != nullptr) { // put back what the filter took out
+#pragma unroll 1                                                                // rarely run
       for (int c = threadIdx.x; c < static_cast<int>(tile_state); c += kThreads) {
         const float value = plan.slot_values[tile.slot + c];
         if (key_of(value) >= state.mid) source.residual[plan.slot_indices[tile.slot + c]] = value;
@@ -87,8 +88,10 @@ __global__ void __launch_bounds__(kThreads, kAgain ? 2 : 3) histogram_kernel(Dev
   }
   if constexpr (kAgain) __syncthreads(); // otherwise the barrier within the sums has followed the last count
   uint32_t* histogram = plan.histograms + int64_t{run.group} * kGroupHistogramBins;
-  for (int b = threadIdx.x; b < kHistogramBins; b += kThreads)
+  for (int i = 0; i < kHistogramBins / kThreads; ++i) {
+    const int b = i * kThreads + static_cast<int>(threadIdx.x);
     if (counts[b] != 0) add_relaxed(&histogram[b], counts[b]);
+  }
   if (last_block(&state.ticket, static_cast<uint32_t>(plan.large_groups[run.group].num_runs)))
     finish_histogram(plan.large_groups[run.group], state, histogram);
 }

@@ -186,7 +186,7 @@ __device__ bool scale_and_store(const DecodeArguments& a, const float* sums, int
       else
         __stwb(reinterpret_cast<ushort4*>(out + i), make_ushort4(four[0], four[1], four[2], four[3]));
     }
-    for (int j = i; j < min(i + 4, numel); ++j) out[j] = one(j);
+    for (; i < numel; ++i) out[i] = one(i); // at most three, of one thread
   } else {
     for (i = threadIdx.x; i < numel; i += kThreads) out[i] = one(i);
   }

@@ -75,9 +75,9 @@ __device__ __forceinline__ int nth_zero(uint32_t word, int n) {
 }
 
 // Goes on from bit `bit`, which has `high` zeros before it, to behind the zero that makes them `wanted`: the place where entries with
-// index >> 8 >= wanted begin. By one thread. Behind the last word every bit counts as a zero. `high <= wanted`.
+// index >> 8 >= wanted begin. By one thread. Behind the last word every bit counts as a zero. `high < wanted`.
 __device__ inline int64_t skip_to_high(const DevicePlan& plan, const PayloadView& payload, int64_t bit, int64_t high, int64_t wanted) {
-  while (high < wanted) {
+  for (;;) {
     const int64_t word_index = bit / 32;
     if (word_index >= 2 * plan.high_words) return bit + (wanted - high);
     const int skipped = static_cast<int>(bit % 32);
@@ -87,7 +87,6 @@ __device__ inline int64_t skip_to_high(const DevicePlan& plan, const PayloadView
     high += zeros;
     bit = (word_index + 1) * 32;
   }
-  return bit;
 }
 
 // Where entries with index >> 8 >= wanted begin, by the directory and a short walk. By one thread; of any bytes, a number >= wanted.

@@ -12,9 +12,11 @@ namespace compressed_ddp::cuda {
 // The bits of a payload that entries are or-ed into: zero before the first entry. By one block of a kernel that runs before.
 __device__ inline void clear_bits(const DevicePlan& plan, const SelectArguments& a) {
   auto* high = reinterpret_cast<uint64_t*>(a.payload + plan.sections.high);
+#pragma unroll 1
   for (int64_t w = threadIdx.x; w < plan.high_words; w += kThreads) high[w] = 0;
   if (plan.value_format != ValueFormat::kSign) return;
   auto* signs = reinterpret_cast<uint32_t*>(a.payload + plan.sections.values);
+#pragma unroll 1
   for (int64_t w = threadIdx.x; w < (plan.selected_numel + 31) / 32; w += kThreads) signs[w] = 0;
 }
 

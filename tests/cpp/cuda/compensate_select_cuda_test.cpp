@@ -52,11 +52,13 @@ TEST(CompensateSelectCuda, EqualsTheCpuEngineAtAllTails) {
   // Every residue of the vector width and both sides of tiles, runs and rows; densities from one entry to everything.
   Numbers numels;
   for (int64_t n = 1; n <= 9; ++n) numels.push_back(n);
-  for (const int64_t border : {1024, kTileNumel, 2 * kTileNumel, 8 * kTileNumel})
+  const int64_t row = 1024, t = kTileNumel;
+  for (const int64_t border : {row, t, t + row, t + 2 * row, t + 3 * row, 2 * t, 8 * t})
     for (int64_t d = -2; d <= 2; ++d) numels.push_back(border + d);
   for (const int64_t numel : numels)
     for (const double density : {1e-9, 0.03, 0.5, 1.0}) {
       if (numel > 8000 && density > 0.4) continue;
+      if (numel > kTileNumel + 2 && numel < 8000 && density != 0.03) continue; // the rows of a large group's last tile
       SCOPED_TRACE("numel " + std::to_string(numel) + ", density " + std::to_string(density) + ", seed 32");
       const ValueFormat value_format = kValueFormats[static_cast<size_t>(numel) % kValueFormats.size()];
       const Layout layout = Layout::make(Numbers{numel}, Numbers{0}, Numbers{selection_k(density, numel)}, value_format);
@@ -83,53 +85,65 @@ TEST(CompensateSelectCuda, EqualsTheCpuEngineOnSmallGroupsAlone) { // which take
 
 // Whichever thread of whichever warp meets it, and nobody else.
 TEST(CompensateSelectCuda, OneNonFiniteEntryFlagsThePayloadWhereverItLies) {
-  const Numbers with_large{300, 2 * kTileNumel + 77, 900}, small_only{300, 2000, 900};
-  for (const Numbers& segments : {with_large, small_only}) {
-    const Layout layout = Layout::make(segments, Numbers{0, 1, -1}, Numbers{3, 40});
-    CudaPlan plan(layout);
-    for (const Segment& segment : layout.segments)
-      for (const int64_t at : {int64_t{0}, int64_t{77}, segment.numel / 2 + 1, segment.numel - 1}) {
-        SCOPED_TRACE("segment at " + std::to_string(segment.offset) + ", entry " + std::to_string(at) + ", seed 44");
-        GradientAndResidual data = make_data(Data::kNormal, layout.numel, 44);
-        data.gradient[static_cast<size_t>(segment.offset + at)] = at % 2 == 0 ? INFINITY : -NAN;
-        const SelectionCase c = make_case(layout, GradientType::kFloat32, data, true);
-        ASSERT_EQ(read_header(on_cpu(c).payload.data()).flags, kFlagNonFinite);
-        expect_as_on_cpu(c, plan);
-        if (HasFatalFailure()) return;
-      }
-  }
+  const Numbers with_large{kTileNumel - 3, 2 * kTileNumel + 77, 900}, small_only{300, 2000, 900};
+  for (const ValueFormat value_format : kValueFormats)
+    for (const Numbers& segments : {with_large, small_only}) {
+      const Layout layout = Layout::make(segments, Numbers{0, 1, -1}, Numbers{3, 40}, value_format);
+      CudaPlan plan(layout);
+      for (const Segment& segment : layout.segments)
+        for (const int64_t at : {int64_t{0}, int64_t{77}, segment.numel / 2 + 1, segment.numel - 1}) {
+          SCOPED_TRACE(std::string(name_of(value_format)) + ", segment at " + std::to_string(segment.offset) + ", entry " +
+                       std::to_string(at) + ", seed 44");
+          GradientAndResidual data = make_data(Data::kNormal, layout.numel, 44);
+          data.gradient[static_cast<size_t>(segment.offset + at)] = at % 2 == 0 ? INFINITY : -NAN;
+          const SelectionCase c = make_case(layout, GradientType::kFloat32, data, true);
+          ASSERT_EQ(read_header(on_cpu(c).payload.data()).flags, kFlagNonFinite);
+          expect_as_on_cpu(c, plan);
+          if (HasFatalFailure()) return;
+        }
+    }
 }
 
 TEST(CompensateSelectCuda, TheLargestFiniteNumberIsFinite) {
-  for (const Numbers& segments : {Numbers{300, kTileNumel + 77, 900}, Numbers{300, 2000, 900}})
-    for (const bool beside_inf : {false, true}) { // then the residual of its tile is left to the last kernel
-      const Layout layout = Layout::make(segments, Numbers{0, 1, -1}, Numbers{3, 40}, ValueFormat::kFloat32);
-      CudaPlan plan(layout);
-      GradientAndResidual data = make_data(Data::kNormal, layout.numel, 45);
-      for (const Segment& segment : layout.segments) {
-        const auto at = static_cast<size_t>(segment.offset + 101);
-        data.gradient[at] = -std::numeric_limits<float>::max();
-        data.residual[at] = 1; // which the sum swallows
-        if (beside_inf) data.gradient[at + 9] = INFINITY;
+  for (const ValueFormat value_format : kValueFormats)
+    for (const Numbers& segments : {Numbers{kTileNumel, kTileNumel + 77, 900}, Numbers{300, kTileNumel - 1, 900}})
+      for (const bool beside_inf : {false, true}) { // then the residual of its tile is left to the last kernel
+        SCOPED_TRACE(std::string(name_of(value_format)) + (beside_inf ? ", beside Inf" : "") + ", seed 45");
+        const Layout layout = Layout::make(segments, Numbers{0, 1, -1}, Numbers{40, 40}, value_format);
+        CudaPlan plan(layout);
+        GradientAndResidual data = make_data(Data::kNormal, layout.numel, 45);
+        for (const Segment& segment : layout.segments)
+          for (int64_t row = 0; row < segment.numel; row += 1024)
+            for (int64_t i = row + 60; i < std::min(row + 64, segment.numel); ++i) { // every entry of a thread, in every row
+              const auto at = static_cast<size_t>(segment.offset + i);
+              data.gradient[at] = -std::numeric_limits<float>::max();
+              data.residual[at] = 1; // which the sum swallows
+              if (beside_inf) data.gradient[at + 8] = INFINITY;
+            }
+        const SelectionCase c = make_case(layout, GradientType::kFloat32, data, true);
+        const EncodedCase expected = on_cpu(c);
+        ASSERT_EQ(read_header(expected.payload.data()).flags, beside_inf ? kFlagNonFinite : 0);
+        for (const Method method : kMethods) {
+          const EncodedCase got = plan.run(c, method); // but for the statistics, whose squares overflow
+          expect_same_payload(layout, expected.payload, got.payload);
+          if (HasFatalFailure()) return;
+          ASSERT_TRUE(same_bits(expected.residual, got.residual)) << name_of(method);
+        }
       }
-      const SelectionCase c = make_case(layout, GradientType::kFloat32, data, true);
-      const EncodedCase expected = on_cpu(c);
-      ASSERT_EQ(read_header(expected.payload.data()).flags, beside_inf ? kFlagNonFinite : 0);
-      for (const Method method : kMethods) {
-        const EncodedCase got = plan.run(c, method); // but for the statistics, whose squares overflow
-        expect_same_payload(layout, expected.payload, got.payload);
-        ASSERT_TRUE(same_bits(expected.residual, got.residual)) << name_of(method);
-      }
-    }
 }
 
 TEST(CompensateSelectCuda, ZerosTravelWhereLessIsThere) {
   const int64_t t = kTileNumel; // tails that fill no warp's row
-  const Layout layout = Layout::make(Numbers{2 * t + 77, t + 13, 301}, Numbers{0, 1, 2}, Numbers{900, 40, 200});
-  CudaPlan plan(layout);
-  GradientAndResidual data{std::vector<float>(static_cast<size_t>(layout.numel)), std::vector<float>(static_cast<size_t>(layout.numel))};
-  for (int64_t i = 0; i < layout.numel; i += 997) data.gradient[static_cast<size_t>(i)] = static_cast<float>(i % 7 - 3);
-  expect_as_on_cpu(make_case(layout, GradientType::kFloat32, data, true), plan);
+  for (const ValueFormat value_format : kValueFormats) {
+    SCOPED_TRACE(name_of(value_format));
+    const Layout layout = Layout::make(Numbers{2 * t + 77, t + 13, 301}, Numbers{0, 1, 2}, Numbers{900, 40, 200}, value_format);
+    CudaPlan plan(layout);
+    const std::vector<float> zeros(static_cast<size_t>(layout.numel));
+    GradientAndResidual data{zeros, zeros};
+    for (int64_t i = 0; i < layout.numel; i += 997) data.gradient[static_cast<size_t>(i)] = static_cast<float>(i % 7 - 3);
+    expect_as_on_cpu(make_case(layout, GradientType::kFloat32, data, true), plan);
+    if (HasFatalFailure()) return;
+  }
 }
 
 TEST(CompensateSelectCuda, TwoSegmentsOfSignsAsTwoGroupsAndAsOne) { // searches end where two are left
@@ -147,12 +161,15 @@ TEST(CompensateSelectCuda, MoreGroupsAndRunsThanABlockHasThreads) {
   constexpr int64_t kGroups = cuda::kThreads + 3;
   Numbers numels, groups, k;
   for (int64_t g = 0; g < kGroups; ++g) numels.push_back(kTileNumel + 1 + g % 3), groups.push_back(g), k.push_back(1 + g % 5);
-  const Layout layout = Layout::make(numels, groups, k);
-  CudaPlan plan(layout);
-  const SelectionCase c = make_case(layout, GradientType::kFloat32, make_data(Data::kNormal, layout.numel, 47), true);
-  const EncodedCase expected = on_cpu(c);
-  expect_same(layout, expected, plan.run(c, Method::kOnePass));
-  ASSERT_TRUE(plan.workspace_is_clear());
+  for (const ValueFormat value_format : kValueFormats) {
+    SCOPED_TRACE(std::string(name_of(value_format)) + ", seed 47");
+    const Layout layout = Layout::make(numels, groups, k, value_format);
+    CudaPlan plan(layout);
+    const SelectionCase c = make_case(layout, GradientType::kFloat32, make_data(Data::kNormal, layout.numel, 47), true);
+    expect_same(layout, on_cpu(c), plan.run(c, Method::kOnePass));
+    if (HasFatalFailure()) return;
+    ASSERT_TRUE(plan.workspace_is_clear());
+  }
 }
 
 TEST(CompensateSelectCuda, EqualsTheCpuEngineAtAnyAlignment) {
@@ -169,16 +186,19 @@ TEST(CompensateSelectCuda, EqualsTheCpuEngineAtAnyAlignment) {
 }
 
 TEST(CompensateSelectCuda, EqualsTheCpuEngineOnOneGroupOverManySegments) {
-  const Layout layout = Layout::make(Numbers{100, 5000, 64, 9000, 1, 4096, 33}, Numbers{0, 0, -1, 0, 0, 0, -1}, Numbers{180});
-  CudaPlan plan(layout);
-  for (const Data data : {Data::kNormal, Data::kTies, Data::kOneSpike, Data::kSomeNan, Data::kZeros}) {
-    SCOPED_TRACE(std::string(testing::name_of(data)) + ", seed 34");
-    SelectionCase c = make_case(layout, GradientType::kFloat32, make_data(data, layout.numel, 34), true);
-    expect_as_on_cpu(c, plan);
-    c.unused = {0, 1, 1, 0, 0, 1, 0};
-    SCOPED_TRACE("some segments unused");
-    expect_as_on_cpu(c, plan);
-    if (HasFatalFailure()) return;
+  for (const ValueFormat value_format : kValueFormats) {
+    const Layout layout =
+        Layout::make(Numbers{100, 5000, 64, 9000, 1, 4096, 33}, Numbers{0, 0, -1, 0, 0, 0, -1}, Numbers{180}, value_format);
+    CudaPlan plan(layout);
+    for (const Data data : {Data::kNormal, Data::kTies, Data::kOneSpike, Data::kSomeNan, Data::kZeros}) {
+      SCOPED_TRACE(std::string(testing::name_of(data)) + ", " + name_of(value_format) + ", seed 34");
+      SelectionCase c = make_case(layout, GradientType::kFloat32, make_data(data, layout.numel, 34), true);
+      expect_as_on_cpu(c, plan);
+      c.unused = {0, 1, 1, 0, 0, 1, 0};
+      SCOPED_TRACE("some segments unused");
+      expect_as_on_cpu(c, plan);
+      if (HasFatalFailure()) return;
+    }
   }
 }
 
@@ -244,21 +264,62 @@ TEST(CompensateSelectCuda, AWrongGuessIsMended) {
 
 // Powers of two are where bins begin: thresholds, guessed well or badly, are then keys that entries have.
 TEST(CompensateSelectCuda, EntriesAtTheEdgesOfBinsAreOnTheRightSide) {
-  const Layout layout = two_runs(ValueFormat::kFloat32);
-  CudaPlan plan(layout);
-  const int64_t k = layout.selected_numel;
-  for (const bool in_sectors : {false, true}) {
-    SCOPED_TRACE(in_sectors ? "whole sectors, seed 14" : "spread, seed 48");
-    GradientAndResidual data =
-        in_sectors ? large_sectors(layout.numel, layout.numel / 100 / cuda::kSectorNumel, 14) : make_data(Data::kNormal, layout.numel, 48);
-    for (size_t i = 0; i < data.gradient.size(); ++i) {
-      float& g = data.gradient[i];
-      if (!in_sectors) g = static_cast<int64_t>(i * 7919 % data.gradient.size()) < 2 * k ? std::copysign(1.0f, g) : 0.01f * g;
-      if (in_sectors && std::abs(g) > 20) g = std::copysign(64.0f, g);
-      data.residual[i] = 0;
-    }
-    expect_as_on_cpu(make_case(layout, GradientType::kFloat32, data, true), plan);
+  for (const ValueFormat value_format : kValueFormats) {
+    const Layout layout = two_runs(value_format);
+    CudaPlan plan(layout);
+    const int64_t k = layout.selected_numel;
+    const auto expect_equal = [&](const char* what, const auto& value) { // of entry i, whose place in a permutation is given, too
+      SCOPED_TRACE(std::string(name_of(value_format)) + ", " + what);
+      GradientAndResidual data = make_data(Data::kNormal, layout.numel, 48);
+      for (size_t i = 0; i < data.gradient.size(); ++i) {
+        const auto place = static_cast<int64_t>(i * 7919 % data.gradient.size());
+        data.gradient[i] = std::copysign(value(place, data.gradient[i]), data.gradient[i]);
+        data.residual[i] = 0;
+      }
+      expect_as_on_cpu(make_case(layout, GradientType::kFloat32, data, true), plan);
+    };
+    const auto tiny = [](float g) { return 0.01f * g; };
+    expect_equal("one value", [&](int64_t place, float g) { return place < 2 * k ? 1.0f : tiny(g); });
+    // Multiples of 2^-14 between 1 and 1.125 are where the bins of the second pass begin, 1.125 where its upper end is.
+    expect_equal("all of them", [&](int64_t place, float g) {
+      return place < k / 2 ? 1.125f : place < 2 * k ? 1 + static_cast<float>(place % 2048) / 16384 : tiny(g);
+    });
+    expect_equal("the k-th is the first of its bin", [&](int64_t place, float g) {
+      return place < k - 1 ? 1.9f : place < 3 * k ? 1.05f : tiny(g);
+    });
+    for (const int64_t fewer : {0, 1, 2}) // then zeros must travel
+      expect_equal("zeros", [&](int64_t place, float g) { return place < k - fewer ? 1 + std::abs(g) : 0; });
+    expect_equal("more Inf and NaN than can travel", [&](int64_t place, float g) {
+      return place < k / 2 ? NAN : place < 2 * k ? INFINITY : g;
+    });
     if (HasFatalFailure()) return;
+  }
+}
+
+// The same where the guess is wrong, which these seeds make it.
+TEST(CompensateSelectCuda, EntriesAtTheEdgesOfBinsAreOnTheRightSideAfterAWrongGuess) {
+  for (const ValueFormat value_format : kValueFormats) {
+    for (const bool first_of_bin : {false, true})
+      for (const auto& [one_in, seed] : {std::pair{100, uint64_t{14}}, {10, uint64_t{2}}}) {
+        const int64_t numel = two_runs(value_format).numel, k = numel / one_in;
+        const Layout layout = Layout::make(Numbers{numel}, Numbers{0}, Numbers{k}, value_format);
+        CudaPlan plan(layout);
+        SCOPED_TRACE(std::string(name_of(value_format)) + ", density 1 / " + std::to_string(one_in) +
+                     (first_of_bin ? ", the k-th is the first of its bin" : "") + ", seed " + std::to_string(seed));
+        GradientAndResidual data = large_sectors(layout.numel, k / cuda::kSectorNumel, seed);
+        int64_t above = std::count_if(data.gradient.begin(), data.gradient.end(), [](float g) { return std::abs(g) > 20; });
+        ASSERT_LT(above, k - 1);
+        for (size_t i = 0; i < data.gradient.size(); ++i) {
+          float& g = data.gradient[i];
+          if (std::abs(g) > 20)
+            g = std::copysign(64.0f, g);
+          else if (first_of_bin)
+            g = above < k - 1 ? (++above, 1.9f) : 1.05f;
+          data.residual[i] = 0;
+        }
+        expect_as_on_cpu(make_case(layout, GradientType::kFloat32, data, true), plan);
+        if (HasFatalFailure()) return;
+      }
   }
 }
 
@@ -293,11 +354,12 @@ TEST(CompensateSelectCuda, ManyStepsKeepWhatWasNotSent) {
 }
 
 TEST(CompensateSelectCuda, ALayoutWithoutSelectionsStillGetsItsHeader) {
-  for (const Layout& layout :
-       {Layout::make(Numbers{}, Numbers{}, Numbers{}), Layout::make(Numbers{5000, 0, 3}, Numbers{-1, -1, -1}, Numbers{})}) {
-    CudaPlan plan(layout);
-    expect_as_on_cpu(make_case(layout, GradientType::kFloat32, make_data(Data::kSomeInfinite, layout.numel, 37), true), plan);
-  }
+  for (const ValueFormat value_format : kValueFormats)
+    for (const Layout& layout : {Layout::make(Numbers{}, Numbers{}, Numbers{}, value_format),
+                                 Layout::make(Numbers{5000, 0, 3}, Numbers{-1, -1, -1}, Numbers{}, value_format)}) {
+      CudaPlan plan(layout);
+      expect_as_on_cpu(make_case(layout, GradientType::kFloat32, make_data(Data::kSomeInfinite, layout.numel, 37), true), plan);
+    }
 }
 
 } // namespace

@@ -39,23 +39,37 @@ inline EncodedCase on_cpu(const SelectionCase& c) {
   return result;
 }
 
-// A layout in device memory, with its scratch; serves any number of cases.
+// A layout in device memory, with its scratch; serves any number of cases. The engine puts all tables into one allocation and the scratch
+// into another; here each has one of its own, so that an access behind a table is one outside of known memory.
 class CudaPlan {
  public:
-  explicit CudaPlan(const Layout& layout)
-      : layout_(layout),
-        plan_(layout),
-        tables_(static_cast<size_t>(plan_.table_bytes())),
-        workspace_(static_cast<size_t>(plan_.workspace_bytes())),
-        statistics_(1) {
-    std::vector<uint8_t> tables(tables_.size());
-    plan_.write_tables(tables.data());
-    tables_.upload(tables);
-    cuda::clear_workspace(plan_, workspace_.data(), nullptr);
+  explicit CudaPlan(const Layout& layout) : layout_(layout), plan_(layout), statistics_(1) {
+    // Pointers into memory of the host, which no kernel may use: each is moved.
+    std::vector<uint8_t> tables(static_cast<size_t>(plan_.table_bytes())), scratch(static_cast<size_t>(plan_.workspace_bytes()));
+    device_ = cuda::device_plan(plan_, tables.data(), scratch.data());
+    move_table(plan_.tiles, device_.tiles);
+    move_table(plan_.runs, device_.runs);
+    move_table(plan_.large_groups, device_.large_groups);
+    move_table(plan_.small_groups, device_.small_groups);
+    move_table(plan_.dense_tiles, device_.dense_tiles);
+    move_table(plan_.group_ranges, device_.group_ranges);
+    move_table(plan_.segment_offsets, device_.segment_offsets);
+    const size_t groups = plan_.large_groups.size(), tiles = plan_.tiles.size(), slots = static_cast<size_t>(plan_.slots_numel);
+    move_scratch(groups, device_.states);
+    move_scratch(1, device_.step);
+    move_scratch(plan_.runs.size(), device_.look_back);
+    move_scratch(groups * cuda::kGroupHistogramBins, device_.histograms);
+    move_scratch(layout.value_format == ValueFormat::kSign ? groups * cuda::kExponents : 0, device_.significands);
+    num_cleared_ = scratch_.size();
+    for (DeviceMemory<uint8_t>& cleared : scratch_) cleared.fill_bytes(0);
+    move_scratch(tiles, device_.tile_states);
+    move_scratch(3 * (tiles + plan_.small_groups.size() + plan_.dense_tiles.size()), device_.sums);
+    move_scratch(slots, device_.slot_values);
+    move_scratch(slots, device_.slot_indices);
   }
 
   const cuda::Plan& plan() const { return plan_; }
-  cuda::DevicePlan device() const { return cuda::device_plan(plan_, tables_.data(), workspace_.data()); }
+  const cuda::DevicePlan& device() const { return device_; }
 
   // `residual_front`: entries in front of every segment's residual, which spoil its alignment.
   EncodedCase run(const SelectionCase& c, cuda::Method method, size_t gradient_front = 0, size_t residual_front = 0) {
@@ -105,15 +119,30 @@ class CudaPlan {
 
   // What a selection must leave as it found it.
   bool workspace_is_clear() const {
-    const std::vector<uint8_t> bytes = workspace_.download();
-    return std::all_of(bytes.begin(), bytes.begin() + plan_.workspace_cleared_bytes(), [](uint8_t byte) { return byte == 0; });
+    return std::all_of(scratch_.begin(), scratch_.begin() + static_cast<std::ptrdiff_t>(num_cleared_), [](const auto& part) {
+      const std::vector<uint8_t> bytes = part.download();
+      return std::all_of(bytes.begin(), bytes.end(), [](uint8_t byte) { return byte == 0; });
+    });
   }
 
  private:
+  template <typename T>
+  void move_table(const std::vector<T>& table, const T*& pointer) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(table.data());
+    tables_.emplace_back(std::span(bytes, table.size() * sizeof(T)));
+    pointer = reinterpret_cast<const T*>(tables_.back().data());
+  }
+  template <typename T>
+  void move_scratch(size_t numel, T*& pointer) {
+    scratch_.emplace_back(numel * sizeof(T));
+    pointer = reinterpret_cast<T*>(scratch_.back().data());
+  }
+
   Layout layout_;
   cuda::Plan plan_;
-  DeviceMemory<uint8_t> tables_;
-  DeviceMemory<uint8_t> workspace_;
+  cuda::DevicePlan device_{};
+  std::vector<DeviceMemory<uint8_t>> tables_, scratch_;
+  size_t num_cleared_ = 0; // the first so many parts of the scratch
   DeviceMemory<cuda::SelectStatistics> statistics_;
 };
 
@@ -122,6 +151,7 @@ inline void expect_same_payload(const Layout& layout, const std::vector<uint8_t>
   const PayloadHeader want = read_header(expected.data()), got = read_header(actual.data());
   ASSERT_EQ(want.flags, got.flags) << "(flags)";
   const Entries wanted = entries_of(layout, expected.data()), found = entries_of(layout, actual.data());
+  ASSERT_EQ(wanted.indices.size(), found.indices.size()) << "(no payload)";
   for (size_t e = 0; e < wanted.indices.size(); ++e) {
     ASSERT_EQ(wanted.indices[e], found.indices[e]) << "index of entry " << e;
     ASSERT_EQ(bits_of(wanted.values[e]), bits_of(found.values[e])) << "value of entry " << e << " at index " << wanted.indices[e];

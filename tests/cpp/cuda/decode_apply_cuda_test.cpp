@@ -1,6 +1,8 @@
 // decode_apply_, restore_ and return_dropped on CUDA against the CPU engine, bit for bit, and against payloads that nobody should send.
 #include <filesystem>
 #include <fstream>
+#include <limits>
+#include <numeric>
 
 #include "../fuzz/payload_input.h"
 #include "../testing.h"
@@ -87,12 +89,67 @@ TEST(DecodeApplyCuda, EqualsTheCpuEngineBitForBit) {
 }
 
 TEST(DecodeApplyCuda, ManyRanksAndUnalignedBucketsGiveTheSameBits) {
-  const Layout layout = Layout::make(Numbers{kDecodeTile + 3, 20, 300}, Numbers{0, -1, 1}, Numbers{60, 4});
-  for (const int32_t world_size : {255, 256, 257, 600}) {
-    SCOPED_TRACE("world_size " + std::to_string(world_size) + ", seed 52");
-    const Bytes gathered = random_gathered(layout, world_size, kStep, 52);
-    const Decoded decoded = decode_on_cuda(layout, gathered, world_size, GradientType::kFloat32, 1);
-    ASSERT_EQ(decode_on_cpu(layout, gathered, world_size, GradientType::kFloat32), decoded.bucket);
+  for (const ValueFormat value_format : kValueFormats) {
+    const Layout layout = Layout::make(Numbers{kDecodeTile + 3, 20, 100}, Numbers{0, -1, 1}, Numbers{60, 4}, value_format);
+    for (const int32_t world_size : {1, 255, 256, 257, 600}) {
+      SCOPED_TRACE(std::string(name_of(value_format)) + ", world_size " + std::to_string(world_size) + ", seed 52");
+      const Bytes gathered = random_gathered(layout, world_size, kStep, 52);
+      const Decoded decoded = decode_on_cuda(layout, gathered, world_size, GradientType::kFloat32, 1);
+      ASSERT_EQ(decode_on_cpu(layout, gathered, world_size, GradientType::kFloat32), decoded.bucket);
+      ASSERT_EQ(decoded.status.bad_rank, 0u);
+      ASSERT_EQ(decoded.status.step_is_bad, 0u);
+    }
+  }
+}
+
+// Wherever in a tile, and with 16-byte accesses or without.
+TEST(DecodeApplyCuda, ASumThatOverflowsMakesItsStepBad) {
+  for (const ValueFormat value_format : kValueFormats)
+    for (const GradientType type : kGradientTypes)
+      for (const int32_t index : {0, 3, 4000, 8191, 8192, 9000, 9001, 9002})
+        for (const size_t front : {0, 1}) {
+          SCOPED_TRACE(std::string(name_of(value_format)) + ", " + testing::name_of(type) + ", entry " + std::to_string(index) +
+                       (front > 0 ? ", unaligned" : ""));
+          const Layout layout = Layout::make(Numbers{9003}, Numbers{0}, Numbers{1}, value_format);
+          const float largest = 0x1.fep127f; // of all value formats
+          Bytes gathered;
+          for (int64_t rank = 0; rank < 2; ++rank) {
+            const Bytes payload = payload_of_entries(layout, {index}, {largest}, nullptr, rank, kStep);
+            gathered.insert(gathered.end(), payload.begin(), payload.end());
+          }
+          const Decoded decoded = decode_on_cuda(layout, gathered, 2, type, front);
+          ASSERT_EQ(decode_on_cpu(layout, gathered, 2, type), decoded.bucket);
+          ASSERT_EQ(decoded.status.bad_rank, 0u);
+          ASSERT_EQ(decoded.status.step_is_bad, 1u);
+        }
+}
+
+// Where tiles, groups and strides of the directory begin and end beside each other.
+TEST(DecodeApplyCuda, EdgesThatMeetGiveTheSameBits) {
+  const int64_t t = kDecodeTile;
+  for (const ValueFormat value_format : kValueFormats) {
+    SCOPED_TRACE(name_of(value_format));
+    const auto expect_equal = [&](const Layout& layout, const std::vector<int32_t>& indices, const std::vector<float>& values) {
+      const Bytes payload = payload_of_entries(layout, indices, values, nullptr, 0, kStep);
+      const Decoded decoded = decode_on_cuda(layout, payload, 1, GradientType::kFloat32);
+      EXPECT_EQ(decode_on_cpu(layout, payload, 1, GradientType::kFloat32), decoded.bucket);
+      EXPECT_EQ(decoded.status.bad_rank, 0u);
+    };
+    // A group ends with the first entry of a tile, the next one with the last of it.
+    expect_equal(Layout::make(Numbers{t + 1, t - 1, 50}, Numbers{0, 1, 2}, Numbers{3, 2, 1}, value_format),
+                 {0, 5, static_cast<int32_t>(t), static_cast<int32_t>(t + 1), static_cast<int32_t>(2 * t - 1), static_cast<int32_t>(2 * t)},
+                 {1, -1, 1, 5, -5, 25});
+    // A stride begins among entries that all share the index >> 8 with which a tile begins.
+    std::vector<int32_t> indices;
+    for (int32_t e = 0; e < 270; ++e) indices.push_back(e < 250 ? e : static_cast<int32_t>(t) + 10 * (e - 250));
+    expect_equal(Layout::make(Numbers{3 * t}, Numbers{0}, Numbers{270}, value_format), indices, normal_values(270, 64));
+    // Nothing but zeros behind the directory: who reads too far believes that it descends.
+    for (const int64_t k : {300, 65600}) { // the directory has 2 entries and one more than a block has threads
+      indices.clear();
+      for (int32_t e = 0; e < k; ++e) indices.push_back(e);
+      expect_equal(Layout::make(Numbers{k + 100}, Numbers{0}, Numbers{k}, value_format), indices,
+                   std::vector<float>(static_cast<size_t>(k)));
+    }
   }
 }
 
@@ -121,8 +178,12 @@ TEST(DecodeApplyCuda, ABadRankThatNobodyHasTakenYetMakesLaterBucketsNanAndTheirS
   }
 }
 
-TEST(DecodeApplyCuda, DamagedBytesNameTheirRankAndMakeTheBucketNan) {
-  const Layout layout = Layout::make(Numbers{9000, 30, 9000}, Numbers{0, -1, 1}, Numbers{100, 200});
+class DamagedPayload : public ::testing::TestWithParam<ValueFormat> {};
+INSTANTIATE_TEST_SUITE_P(DecodeApplyCuda, DamagedPayload, ::testing::ValuesIn(kValueFormats),
+                         [](const auto& info) { return std::string(name_of(info.param)); });
+
+TEST_P(DamagedPayload, NamesItsRankAndMakesTheBucketNan) {
+  const Layout layout = Layout::make(Numbers{9000, 30, 9000}, Numbers{0, -1, 1}, Numbers{100, 200}, GetParam());
   const int64_t stride = payload_bytes(layout);
   const PayloadSections s = payload_sections(layout);
   const auto word = [&](Bytes& bytes, int64_t rank, int64_t offset, uint32_t value) {
@@ -217,6 +278,21 @@ TEST(DecodeApplyCuda, DamagedBytesNameTheirRankAndMakeTheBucketNan) {
     }
 }
 
+// By the entry to the left in the same word, in the word before, and in the last word of the round before.
+TEST_P(DamagedPayload, WithAnIndexTwiceIsRefused) {
+  const Layout layout = Layout::make(Numbers{9000}, Numbers{0}, Numbers{700}, GetParam());
+  std::vector<int32_t> indices(700);
+  std::iota(indices.begin(), indices.end(), 0);
+  for (const size_t entry : {11, 32, 511}) { // whose high bits are number 11, 32 and 512
+    SCOPED_TRACE("entry " + std::to_string(entry));
+    Bytes payload = payload_of_entries(layout, indices, std::vector<float>(700, 1.0f), nullptr, 0, kStep);
+    uint8_t* low = payload.data() + payload_sections(layout).low;
+    low[entry] = low[entry - 1];
+    ASSERT_NE(refusal_of(layout, payload, 1, kStep), "");
+    EXPECT_EQ(decode_on_cuda(layout, payload, 1, GradientType::kFloat32).status.bad_rank, 1u);
+  }
+}
+
 TEST(DecodeApplyCuda, AnyBytesStayInsideTheBuffers) {
   const Layout of_fp32 = Layout::make(Numbers{9000, 30, 9000}, Numbers{0, -1, 1}, Numbers{100, 200});
   for (uint64_t seed = 0; seed < 12; ++seed) {
@@ -296,36 +372,59 @@ TEST(DecodeApplyCuda, ADamagedPayloadAtTheEndOfARoundOfRanksIsNamed) {
   }
 }
 
+// Searches among many, two and one; groups that are sent whole, so that the first entry of a segment is.
+std::vector<Layout> layouts_of_residuals(ValueFormat value_format) {
+  return {Layout::make(Numbers{5000, 40, 6000, 0, 3, 9000}, Numbers{0, -1, 1, -1, 2, 3}, Numbers{50, 60, 3, 700}, value_format),
+          Layout::make(Numbers{300, 40}, Numbers{0, 1}, Numbers{30, 40}, value_format),
+          Layout::make(Numbers{5000}, Numbers{0}, Numbers{70}, value_format)};
+}
+
+// The residuals of a layout in device memory; dense segments have none.
+struct DeviceResiduals {
+  DeviceResiduals(const Layout& layout, const std::vector<float>& before)
+      : memory(std::span<const float>(before)), pointers(layout.segments.size()) {
+    std::vector<float*> table = segment_pointers(layout, memory.data());
+    for (size_t i = 0; i < table.size(); ++i)
+      if (layout.segments[i].group == kDenseGroup) table[i] = nullptr;
+    pointers.upload(table);
+  }
+  DeviceMemory<float> memory;
+  DeviceMemory<float*> pointers;
+};
+
+DeviceMemory<uint32_t> flag_of(uint32_t value) {
+  const std::vector<uint32_t> one = {value};
+  return DeviceMemory<uint32_t>{std::span<const uint32_t>(one)};
+}
+
 TEST(RestoreCuda, EqualsTheCpuEngineBitForBit) {
   for (const ValueFormat value_format : kValueFormats)
-    for (const int condition : {-1, 0, 1}) { // none, pointing to 0, pointing to 1
-      SCOPED_TRACE(std::string(name_of(value_format)) + ", condition " + std::to_string(condition) + ", seed 55");
-      const Layout layout =
-          Layout::make(Numbers{5000, 40, 6000, 0, 3, 9000}, Numbers{0, -1, 1, -1, 2, 3}, Numbers{50, 60, 1, 700}, value_format);
+    for (const Layout& layout : layouts_of_residuals(value_format)) {
+      SCOPED_TRACE(std::string(name_of(value_format)) + ", numel " + std::to_string(layout.numel) + ", seed 55");
       Random random(55);
       const std::vector<int32_t> indices = random_indices(layout, random);
       std::vector<float> values = normal_values(layout.selected_numel, 55);
-      if (value_format != ValueFormat::kSign) values[3] = HUGE_VALF, values[70] = float_of(kCanonicalNanBits), values[80] = 0;
+      if (value_format != ValueFormat::kSign)
+        values[3] = HUGE_VALF, values[16] = float_of(kCanonicalNanBits), values[20] = 0, values[21] = std::numeric_limits<float>::max();
       const Bytes payload = payload_of_entries(layout, indices, values, nullptr, 0, kStep);
       std::vector<float> expected = normal_values(layout.numel, 56);
-      const std::vector<float> before = expected;
-      if (condition != 0) restore(layout, entries_of(layout, payload.data()), segment_pointers(layout, expected.data()).data());
 
       CudaPlan plan(layout);
       DeviceMemory<uint8_t> device_payload{std::span<const uint8_t>(payload)};
-      DeviceMemory<float> residual{std::span<const float>(before)};
-      std::vector<float*> pointers = segment_pointers(layout, residual.data());
-      for (size_t i = 0; i < pointers.size(); ++i)
-        if (layout.segments[i].group == kDenseGroup) pointers[i] = nullptr;
-      DeviceMemory<float*> table{std::span<float* const>(pointers)};
-      const std::vector<uint32_t> flag = {static_cast<uint32_t>(condition)};
-      DeviceMemory<uint32_t> device_flag{std::span<const uint32_t>(flag)};
-      const std::vector<uint32_t> both = {0, 1};
-      DeviceMemory<uint32_t> sent{std::span<const uint32_t>(both)};
-      for (const uint32_t* is_sent : {sent.data(), sent.data() + 1}) // not, and then it is
-        cuda::restore(plan.device(), {device_payload.data(), table.data(), condition < 0 ? nullptr : device_flag.data(), is_sent}, nullptr);
-      require(cudaStreamSynchronize(nullptr), "restore");
-      EXPECT_TRUE(same_bits(expected, residual.download()));
+      const DeviceResiduals residuals(layout, expected);
+      const DeviceMemory<uint32_t> no = flag_of(0), yes = flag_of(1);
+      const auto run = [&](const uint32_t* condition, const uint32_t* sent) {
+        cuda::restore(plan.device(), {device_payload.data(), residuals.pointers.data(), condition, sent}, nullptr);
+        require(cudaStreamSynchronize(nullptr), "restore");
+      };
+      for (const auto& [condition, sent] : {std::pair{&no, &yes}, {&yes, &no}, {&no, &no}}) run(condition->data(), sent->data());
+      EXPECT_TRUE(same_bits(expected, residuals.memory.download())) << "(nothing is to be restored)";
+      uint32_t* const none = nullptr;
+      for (const auto& [condition, sent] : {std::pair{yes.data(), yes.data()}, {none, yes.data()}, {yes.data(), none}}) {
+        run(condition, sent);
+        restore(layout, entries_of(layout, payload.data()), segment_pointers(layout, expected.data()).data());
+        EXPECT_TRUE(same_bits(expected, residuals.memory.download()));
+      }
     }
 }
 
@@ -386,55 +485,66 @@ TEST(NanIfFlaggedCuda, OneFlaggedPayloadMakesTheWholeBucketNan) {
 // What a split exchange leaves out: given back, and undone, as on the CPU.
 TEST(ReturnDroppedCuda, EqualsTheCpuEngineBitForBit) {
   for (const ValueFormat value_format : kValueFormats)
-    for (const GradientType type : kGradientTypes) {
-      SCOPED_TRACE(std::string(name_of(value_format)) + ", seed 61");
-      const Layout layout =
-          Layout::make(Numbers{5000, 40, 6000, 0, 3, 9000}, Numbers{0, -1, 1, -1, 2, 3}, Numbers{50, 60, 1, 700}, value_format);
-      Random random(61);
-      const std::vector<int32_t> indices = random_indices(layout, random);
-      const Bytes payload = payload_of_entries(layout, indices, normal_values(layout.selected_numel, 61), nullptr, 0, kStep);
-      const Entries entries = entries_of(layout, payload.data());
-      std::vector<float> result_values(static_cast<size_t>(layout.numel)), lost = normal_values(layout.numel, 62);
-      for (size_t e = 0; e < entries.indices.size(); e += 3) result_values[static_cast<size_t>(entries.indices[e])] = 0.25f;
-      const TypedBuffer result(type, result_values);
-      const std::vector<float> before = normal_values(layout.numel, 63);
-      const auto words = static_cast<size_t>(layout.selected_numel + 31) / 32;
+    for (const GradientType type : kGradientTypes)
+      for (const Layout& layout : layouts_of_residuals(value_format)) {
+        SCOPED_TRACE(std::string(name_of(value_format)) + ", " + testing::name_of(type) + ", numel " + std::to_string(layout.numel) +
+                     ", seed 61");
+        Random random(61);
+        const std::vector<int32_t> indices = random_indices(layout, random);
+        std::vector<float> values = normal_values(layout.selected_numel, 61);
+        const float largest_zero = float_of(largest_zero_key(type));
+        values[5] = 0, values[6] = largest_zero, values[7] = -largest_zero, values[8] = 1.5f * largest_zero + 0x1p-130f;
+        const Bytes payload = payload_of_entries(layout, indices, values, nullptr, 0, kStep);
+        const Entries entries = entries_of(layout, payload.data());
+        std::vector<float> result_values(static_cast<size_t>(layout.numel)), lost = normal_values(layout.numel, 62);
+        for (size_t e = 0; e < entries.indices.size(); e += 3) result_values[static_cast<size_t>(entries.indices[e])] = 0.25f;
+        const TypedBuffer result(type, result_values);
+        const auto words = static_cast<size_t>(layout.selected_numel + 31) / 32;
 
-      CudaPlan plan(layout);
-      DeviceMemory<uint8_t> device_payload{std::span<const uint8_t>(payload)};
-      DeviceMemory<uint8_t> device_result{
-          std::span<const uint8_t>(static_cast<const uint8_t*>(result.data()), static_cast<size_t>(layout.numel * element_bytes(type)))};
-      DeviceMemory<float> residual{std::span<const float>(before)}, device_lost{std::span<const float>(lost)};
-      std::vector<float*> pointers = segment_pointers(layout, residual.data());
-      for (size_t i = 0; i < pointers.size(); ++i)
-        if (layout.segments[i].group == kDenseGroup) pointers[i] = nullptr;
-      DeviceMemory<float*> table{std::span<float* const>(pointers)};
-      const std::vector<uint32_t> both = {0, 1}, none(words);
-      DeviceMemory<uint32_t> flags{std::span<const uint32_t>(both)}, returned{std::span<const uint32_t>(none)};
+        CudaPlan plan(layout);
+        DeviceMemory<uint8_t> device_payload{std::span<const uint8_t>(payload)};
+        DeviceMemory<uint8_t> device_result{
+            std::span<const uint8_t>(static_cast<const uint8_t*>(result.data()), static_cast<size_t>(layout.numel * element_bytes(type)))};
+        std::vector<float> expected = normal_values(layout.numel, 63);
+        const DeviceResiduals device_residuals(layout, expected);
+        DeviceMemory<float> device_lost{std::span<const float>(lost)};
+        std::vector<uint32_t> expected_returned(words);
+        DeviceMemory<uint32_t> returned{std::span<const uint32_t>(expected_returned)};
+        const DeviceMemory<uint32_t> no = flag_of(0), yes = flag_of(1);
+        float* const* table = device_residuals.pointers.data();
+        const auto expect_equal = [&](const char* what) {
+          require(cudaStreamSynchronize(nullptr), what);
+          EXPECT_TRUE(same_bits(expected, device_residuals.memory.download())) << what;
+          EXPECT_EQ(returned.download(), expected_returned) << what;
+        };
+        const std::vector<float*> residuals = segment_pointers(layout, expected.data());
 
-      std::vector<float> expected = before;
-      std::vector<uint32_t> expected_returned(words);
-      const std::vector<float*> residuals = segment_pointers(layout, expected.data());
-      return_dropped(layout, entries, result.data(), type, residuals.data(), expected_returned.data());
-      for (const uint32_t* is_sent : {flags.data(), flags.data() + 1}) // not, and then it is
-        cuda::return_dropped(plan.device(), {device_payload.data(), device_result.data(), type, table.data(), is_sent, returned.data()},
-                             nullptr);
-      require(cudaStreamSynchronize(nullptr), "return_dropped");
-      EXPECT_TRUE(same_bits(expected, residual.download()));
-      EXPECT_EQ(returned.download(), expected_returned);
+        const auto run = [&](const DeviceMemory<uint32_t>& sent) {
+          cuda::return_dropped(plan.device(), {device_payload.data(), device_result.data(), type, table, sent.data(), returned.data()},
+                               nullptr);
+        };
+        run(no);
+        expect_equal("nothing was sent");
+        run(yes);
+        return_dropped(layout, entries, result.data(), type, residuals.data(), expected_returned.data());
+        expect_equal("return_dropped");
 
-      add_lost(layout, entries, lost.data(), 3, type, residuals.data());
-      for (const uint32_t* condition : {flags.data(), flags.data() + 1}) // not, and then it is
-        cuda::add_lost(plan.device(), {device_payload.data(), device_lost.data(), 3, type, table.data(), condition, flags.data() + 1},
-                       nullptr);
-      require(cudaStreamSynchronize(nullptr), "add_lost");
-      EXPECT_TRUE(same_bits(expected, residual.download()));
+        const auto add = [&](const uint32_t* condition, const DeviceMemory<uint32_t>& sent) {
+          cuda::add_lost(plan.device(), {device_payload.data(), device_lost.data(), 3, type, table, condition, sent.data()}, nullptr);
+        };
+        add(no.data(), yes), add(yes.data(), no), add(no.data(), no);
+        expect_equal("nothing was lost");
+        uint32_t* const none = nullptr;
+        for (const uint32_t* condition : {yes.data(), none}) {
+          add(condition, yes);
+          add_lost(layout, entries, lost.data(), 3, type, residuals.data());
+          expect_equal("add_lost");
+        }
 
-      restore(layout, entries, residuals.data(), expected_returned.data());
-      cuda::restore(plan.device(), {device_payload.data(), table.data(), nullptr, flags.data() + 1, returned.data()}, nullptr);
-      require(cudaStreamSynchronize(nullptr), "restore");
-      EXPECT_TRUE(same_bits(expected, residual.download()));
-    }
+        cuda::restore(plan.device(), {device_payload.data(), table, nullptr, yes.data(), returned.data()}, nullptr);
+        restore(layout, entries, residuals.data(), expected_returned.data());
+        expect_equal("restore");
+      }
 }
 
 } // namespace
