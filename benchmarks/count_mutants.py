@@ -27,7 +27,7 @@ MUTATE = ROOT / "tests" / "cpp" / "ptx" / "mutate_ptx.py"
 CSRC = ROOT / "csrc" / "cuda"
 SELECTION = "compensate_select_cuda_test_ptx80"
 RUNS = (  # a program, its kernels, tests that notice most of them quickly, and tests that reach the rest
-    (SELECTION, "guess_kernelIf", "*AWrongGuess*:*Edges*:*Zeros*", ""),
+    (SELECTION, "guess_kernelIf", "*AWrongGuess*:*ManySegments*:*Zeros*:*AllTails*", ""),
     (
         SELECTION,
         "(filter_kernelIf|histogram_kernelIf|refine_kernelIf|emit_kernelIf|small_kernelIf|encode_lost)",
