@@ -4,9 +4,9 @@
 
 The parameters of ResNet-50 and of the smallest GPT-2, cut into buckets by DDP's own function: DDP's default
 (a first bucket of 1 MiB, the others of 25 MiB), larger buckets (`bucket_cap_mb`), and the whole model in
-one. Every bucket is cut into ranges by a second version of the rule of csrc/bucket.cpp, written for this
-count; the tests compare it with what metrics() says of real ranks. Sizes of payloads are those of
-`_C.payload_bytes`, headers and dense parts included. Of bytes per rank, the mean over the ranks is shown.
+one. Every bucket is cut into ranges by csrc/ranges.cpp; the tests compare the count with what metrics()
+says of real ranks. Sizes of payloads are those of `_C.payload_bytes`, headers and dense parts included. Of
+bytes per rank, the mean over the ranks is shown.
 
     allgather   (P - 1) x payload of the bucket
     split       all-to-all: the payloads of all ranges but its own
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import bisect
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,7 +43,6 @@ from compressed_ddp import _native
 MIB = 1 << 20
 FIRST_BUCKET_BYTES = MIB
 CHUNK_NUMEL = 4096
-RANGE_NUMEL = 8
 VALUE_BYTES = 2  # bf16
 MODELS = {"ResNet-50": resnet50_parameters, "GPT-2": gpt2_parameters}
 SCOPES = ("tensor", "chunk")
@@ -112,35 +110,9 @@ def parts_of(
 
 
 def borders(parts: Sequence[Part], count: int, density: float) -> list[int]:
-    """Return where the ranges of `count` owners end: about equal bytes, at multiples of 8 entries."""
-    bytes_of_entry = {True: 4.0, False: (density * (8 * VALUE_BYTES + 9) + 1 / 256) / 8}
-    weights = [part.numel * bytes_of_entry[part.dense] for part in parts]
-    numel = parts[-1].begin + parts[-1].numel
-    total = 0.0
-    for weight in weights:
-        total += weight
-    units = -(-numel // RANGE_NUMEL)
-    used = min(count, units)
-    ends: list[int] = []
-    p, before, begin = 0, 0.0, 0
-    for r in range(used):
-        wanted = total * (r + 1) / used
-        while p + 1 < len(parts) and before + weights[p] < wanted:
-            before += weights[p]
-            p += 1
-        inside = (wanted - before) / bytes_of_entry[parts[p].dense]
-        unit = (parts[p].begin + half_away_from_zero(inside)) // RANGE_NUMEL
-        unit = min(max(unit, begin // RANGE_NUMEL + 1), units - (used - r - 1))
-        begin = numel if r + 1 == used else unit * RANGE_NUMEL
-        ends.append(begin)
-    return ends + [numel] * (count - used)
-
-
-def half_away_from_zero(value: float) -> int:
-    """Return the nearest integer as C's llround."""
-    whole = math.floor(abs(value))
-    whole += abs(value) - whole >= 0.5
-    return whole if value >= 0 else -whole
+    """Return where the ranges of `count` owners end."""
+    cut = [(part.numel, part.dense) for part in parts]
+    return _native._C.range_ends(cut, count, density, "bf16", one_selection=False)
 
 
 @cache

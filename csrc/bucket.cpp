@@ -1,7 +1,8 @@
 #include "bucket.h"
 
 #include <algorithm>
-#include <cmath>
+
+#include "ranges.h"
 
 namespace compressed_ddp {
 
@@ -81,31 +82,15 @@ BucketRange Bucket::make_range(const Parts& of, int64_t begin, int64_t end, doub
   return range;
 }
 
-// Into `count` ranges of about equal payload bytes, as far as there are so many multiples of kRangeNumel; the last ones are empty else. A
-// function of the structure, the density and the value format: the same on every rank.
 std::vector<BucketRange> Bucket::cut(const Parts& of, int64_t count, double density) const {
-  constexpr int64_t kRangeNumel = 8; // 16-byte accesses stay aligned, and a dense entry more or less is a small part of a payload
-  const double value_bits = value_format_ == ValueFormat::kFloat32 ? 32 : value_format_ == ValueFormat::kBFloat16 ? 16 : 1;
-  const double compressed_bytes = (density * (value_bits + kLowBits + 1) + 1.0 / (1 << kLowBits)) / 8, dense_bytes = sizeof(float);
-  const auto bytes_of = [&](const Part& part) { return static_cast<double>(part.numel) * (part.dense ? dense_bytes : compressed_bytes); };
-  double bytes = 0;
-  for (const Part& part : of.parts) bytes += bytes_of(part);
-
-  const int64_t units = (of.numel + kRangeNumel - 1) / kRangeNumel, used = std::min(count, units);
+  std::vector<RangePart> parts;
+  for (const Part& part : of.parts) parts.push_back({part.numel, part.dense});
   std::vector<BucketRange> ranges;
-  size_t p = 0;
-  double before = 0; // bytes of the parts before part p
   int64_t begin = 0;
-  for (int64_t r = 0; r < used; ++r) {
-    const double wanted = bytes * static_cast<double>(r + 1) / static_cast<double>(used);
-    while (p + 1 < of.parts.size() && before + bytes_of(of.parts[p]) < wanted) before += bytes_of(of.parts[p++]);
-    const double inside = (wanted - before) / (of.parts[p].dense ? dense_bytes : compressed_bytes);
-    const int64_t unit = (of.parts[p].begin + static_cast<int64_t>(std::llround(inside))) / kRangeNumel;
-    const int64_t end = r + 1 == used ? of.numel : std::clamp(unit, begin / kRangeNumel + 1, units - (used - r - 1)) * kRangeNumel;
+  for (const int64_t end : range_ends(parts, count, {density, value_format_, scope_ == Scope::kBucket})) {
     ranges.push_back(make_range(of, begin, end, density));
     begin = end;
   }
-  while (static_cast<int64_t>(ranges.size()) < count) ranges.push_back(make_range(of, of.numel, of.numel, density));
   return ranges;
 }
 

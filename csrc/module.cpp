@@ -10,6 +10,7 @@
 #include "cpu/compensate_select_filter.h"
 #include "engine.h"
 #include "hook.h"
+#include "ranges.h"
 #include "wire_format.h"
 
 namespace compressed_ddp {
@@ -190,6 +191,16 @@ PYBIND11_MODULE(_C, m) {
       [](const std::vector<int64_t>& segments, const std::vector<int64_t>& groups, const std::vector<int64_t>& k,
          const std::string& value_format) { return payload_bytes(Layout::make(segments, groups, k, value_format_of(value_format))); },
       py::arg("segments"), py::arg("groups"), py::arg("k"), py::arg("value_format"));
+
+  m.def(
+      "range_ends",
+      [](const std::vector<std::pair<int64_t, bool>>& parts, int64_t count, double density, const std::string& value_format,
+         bool one_selection) {
+        std::vector<RangePart> of;
+        for (const auto& [numel, dense] : parts) of.push_back({numel, dense});
+        return range_ends(of, count, {density, value_format_of(value_format), one_selection});
+      },
+      py::arg("parts"), py::arg("count"), py::arg("density"), py::arg("value_format"), py::arg("one_selection"));
 
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("density"), py::arg("scope"), py::arg("value_format"), py::arg("exchange"),

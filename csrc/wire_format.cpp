@@ -8,14 +8,14 @@ namespace {
 
 constexpr const char* kModulo = " (modulo 65536)";
 
-int64_t values_bytes(const Layout& layout) {
-  switch (layout.value_format) {
+int64_t values_bytes(const PayloadCounts& c) {
+  switch (c.value_format) {
     case ValueFormat::kFloat32:
-      return 4 * layout.selected_numel;
+      return 4 * c.selected_numel;
     case ValueFormat::kBFloat16:
-      return 2 * layout.selected_numel;
+      return 2 * c.selected_numel;
     default:
-      return (layout.selected_numel + 31) / 32 * 4;
+      return (c.selected_numel + 31) / 32 * 4;
   }
 }
 
@@ -26,16 +26,21 @@ std::string differs(const char* field, int64_t expected, int64_t got) {
 } // namespace
 
 PayloadSections payload_sections(const Layout& layout) {
+  return payload_sections(PayloadCounts{layout.numel, layout.selected_numel, layout.dense_numel, static_cast<int64_t>(layout.groups.size()),
+                                        layout.value_format});
+}
+
+PayloadSections payload_sections(const PayloadCounts& c) {
   PayloadSections s{};
-  s.directory_numel = (layout.selected_numel + kDirectoryStride - 1) / kDirectoryStride;
-  s.high_bits = layout.selected_numel == 0 ? 0 : layout.selected_numel + ((layout.numel - 1) >> kLowBits);
+  s.directory_numel = (c.selected_numel + kDirectoryStride - 1) / kDirectoryStride;
+  s.high_bits = c.selected_numel == 0 ? 0 : c.selected_numel + ((c.numel - 1) >> kLowBits);
   s.high = static_cast<int64_t>(sizeof(PayloadHeader));
   s.directory = s.high + 8 * s.high_words();
   s.scales = s.directory + 4 * s.directory_numel;
-  s.dense = s.scales + (layout.value_format == ValueFormat::kSign ? 4 * static_cast<int64_t>(layout.groups.size()) : 0);
-  s.values = s.dense + 4 * layout.dense_numel;
-  s.low = s.values + values_bytes(layout);
-  s.used_bytes = s.low + layout.selected_numel;
+  s.dense = s.scales + (c.value_format == ValueFormat::kSign ? 4 * c.num_groups : 0);
+  s.values = s.dense + 4 * c.dense_numel;
+  s.low = s.values + values_bytes(c);
+  s.used_bytes = s.low + c.selected_numel;
   s.payload_bytes = (s.used_bytes + kPayloadAlignment - 1) / kPayloadAlignment * kPayloadAlignment;
   return s;
 }

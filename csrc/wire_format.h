@@ -63,6 +63,13 @@ struct PayloadSections {
 };
 PayloadSections payload_sections(const Layout& layout);
 
+// All that the sections of a payload depend on.
+struct PayloadCounts {
+  int64_t numel = 0, selected_numel = 0, dense_numel = 0, num_groups = 0;
+  ValueFormat value_format = ValueFormat::kFloat32;
+};
+PayloadSections payload_sections(const PayloadCounts& counts);
+
 inline int64_t payload_bytes(const Layout& layout) { return payload_sections(layout).payload_bytes; }
 
 // 16 bits of Layout::hash, or of any other.

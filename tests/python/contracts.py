@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -190,27 +189,35 @@ def layout_of(parts: Sequence[Part], scope: str, density: float) -> Layout:
 
 
 def cut(
-    parts: Sequence[Part], world_size: int, density: float, value_format: str
+    parts: Sequence[Part], world_size: int, scope: str, density: float, value_format: str
 ) -> list[tuple[int, int]]:
-    """[begin, end) of every owner's range: about equal payload bytes, borders at multiples of 8 entries, empty ones last."""
+    """[begin, end) of every owner's range, empty ones last: the largest payload is as small as it can be, ranges go as far as it allows."""
     numel = sum(part.numel for part in parts)
-    bits = {"fp32": 32, "bf16": 16, "sign": 1}[value_format]
-    selected_bytes = (density * (bits + 9) + 1 / 256) / 8
-    bytes_per_entry = [4.0 if part.dense else selected_bytes for part in parts]
-    first_entry = [0, *itertools.accumulate(part.numel for part in parts)]
-    ends = list(itertools.accumulate(n.numel * b for n, b in zip(parts, bytes_per_entry)))
-    units = -(-numel // 8)
-    owners = min(world_size, units)
-    borders = [0]
-    for owner in range(1, owners):
-        wanted = ends[-1] * owner / owners
-        at = min(bisect.bisect_left(ends, wanted), len(parts) - 1)
-        into = (wanted - (ends[at - 1] if at > 0 else 0.0)) / bytes_per_entry[at]
-        unit = (first_entry[at] + math.floor(into + 0.5)) // 8
-        # One unit at least for this range, and for every one behind it.
-        borders.append(max(borders[-1] + 1, min(unit, units - (owners - owner))))
-    borders = [8 * unit for unit in borders[:owners]] + [numel]
-    return list(itertools.pairwise(borders)) + [(numel, numel)] * (world_size - owners)
+    borders = [*range(0, numel, 8), numel]
+
+    def payload_bytes(begin: int, border: int) -> int:
+        layout = layout_of_range(parts, begin, borders[border], scope, density)
+        return reference.payload_bytes(*layout.arguments, value_format)
+
+    def ranges_within(limit: int) -> list[tuple[int, int]] | None:
+        found, begin, border = [], 0, 0
+        while begin < numel:
+            fits = bisect.bisect_right(
+                range(len(borders)), limit, lo=border + 1, key=lambda b: payload_bytes(begin, b)
+            )
+            if fits == border + 1 or len(found) == world_size:
+                return None
+            border = fits - 1
+            found.append((begin, borders[border]))
+            begin = borders[border]
+        return found
+
+    limits = range(0, payload_bytes(0, len(borders) - 1) + 1, 8)
+    limit = limits[
+        bisect.bisect_left(limits, True, key=lambda bytes: ranges_within(bytes) is not None)
+    ]
+    ranges = ranges_within(limit) or []
+    return ranges + [(numel, numel)] * (world_size - len(ranges))
 
 
 def layout_of_range(
@@ -252,7 +259,7 @@ class SplitOracle:
         self.world_size = world_size
         self.value_format = value_format
         self.error_feedback = error_feedback
-        self.ranges = cut(parts, world_size, density, value_format)
+        self.ranges = cut(parts, world_size, scope, density, value_format)
         self.layouts = [layout_of_range(parts, *at, scope, density) for at in self.ranges]
         self.residuals = [torch.zeros(self.ranges[-1][1]) for _ in range(world_size)]
         self._sent: list[list[_Sent]] = [[] for _ in range(world_size)]  # by rank

@@ -239,11 +239,6 @@ def test_what_split_sends_beyond_two_payloads_adds_up(scope: str) -> None:
         assert found["split_worst_rank_bytes"] == max(every)
 
 
-def test_halves_are_rounded_as_in_c() -> None:
-    values = [0.5, 1.5, 2.5, 2.4999999999999996, -0.5, 0.49999999999999994]
-    assert [*map(count_exchange.half_away_from_zero, values)] == [1, 2, 3, 2, -1, 0]
-
-
 def test_power_sgd_sends_two_factors_and_what_it_leaves_alone() -> None:
     shapes = [(64, 3, 7, 7), (64,), (4, 4), (4, 3)]  # the last two: 8 x 2 is not below 16
     assert exchange_arms.power_sgd_numel(shapes) == 64 + 147 + 64 + 16 + 12
