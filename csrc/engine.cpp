@@ -87,7 +87,18 @@ void Engine::set_process_group(const c10::intrusive_ptr<c10d::ProcessGroup>& pro
   if (costs_are_measured_) costs_.reset();
   costs_are_measured_ = false;
   launch_orders_ = new_launch_orders();
+  order_is_lost_ = false;
   agreed_.clear();
+}
+
+bool Engine::has_compressed() const {
+  const std::lock_guard lock(mutex_);
+  return has_compressed_;
+}
+
+bool Engine::is_bound() const {
+  const std::lock_guard lock(mutex_);
+  return residuals_.is_bound();
 }
 
 bool Engine::has_process_group() const {
@@ -256,6 +267,11 @@ void Engine::reduce(Request& request) {
   begin_step_if_repeated(request);
 #if COMPRESSED_DDP_CUDA
   TORCH_CHECK(report.empty(), report);
+#endif
+  if (order_is_lost_)
+    std::rethrow_exception(failed_exchange({bucket_of(request), step_, process_group->getRank(), process_group->getSize()},
+                                           std::runtime_error(kLostOrderWords)));
+#if COMPRESSED_DDP_CUDA
   if (has_cuda_stages(request.buffer.device())) return reduce_on_device(bucket_of(request), request, process_group);
 #endif
   if (!request.buffer.is_cpu()) return reduce_through_host(request, process_group);

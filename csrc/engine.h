@@ -7,6 +7,7 @@
 #include <torch/csrc/distributed/c10d/comm.hpp>
 
 #include <condition_variable>
+#include <exception>
 #include <functional>
 #include <map>
 #include <memory>
@@ -98,7 +99,8 @@ class Engine {
   void use_costs(const ExchangeCosts& costs);   // instead of measured ones; choices that were made are made anew
   std::vector<ExchangeChoice> choices() const;  // of auto, in the order of names
   Metrics metrics();
-  bool has_compressed() const { return has_compressed_; }
+  bool has_compressed() const;
+  bool is_bound() const;
   bool is_compressed(const at::Tensor& parameter) const; // some step has selected from it
 
   // The last results are Python objects when the Python entry is used: free them while the GIL is held.
@@ -159,6 +161,18 @@ class Engine {
   void settle_device_now();
   void read_device_statistics();
 #endif
+  // From here on the other ranks wait for this bucket's collectives: if an exception comes first, no later one may begin on this rank.
+  class Unsent {
+   public:
+    explicit Unsent(bool& order_is_lost) : order_is_lost_(order_is_lost), exceptions_(std::uncaught_exceptions()) {}
+    ~Unsent() { order_is_lost_ = order_is_lost_ || std::uncaught_exceptions() > exceptions_; }
+    Unsent(const Unsent&) = delete;
+    Unsent& operator=(const Unsent&) = delete;
+
+   private:
+    bool& order_is_lost_;
+    int exceptions_;
+  };
   void note_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);
   void note_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);
   struct Run; // engine_exchange.cpp
@@ -203,6 +217,7 @@ class Engine {
   std::optional<ExchangeCosts> costs_; // auto: as soon as they are known
   std::map<uint64_t, ExchangeChoice> choices_; // auto: by identity of the bucket
   LaunchOrders launch_orders_;
+  bool order_is_lost_ = false; // of the collectives that the hook begins: some bucket of this rank never began its first
   SelectScratch scratch_;
   std::multimap<const Entry*, std::shared_ptr<Bucket>> buckets_; // by first entry
   std::shared_ptr<Progress> progress_ = std::make_shared<Progress>();

@@ -101,10 +101,12 @@ struct Engine::Run {
     const auto lane = static_cast<size_t>(collective - 1);
     run->orders[lane]->launch(run->tickets[lane], [run, collective](bool is_lost) -> LaunchOrder::Begun {
       try {
-        if (is_lost) throw std::runtime_error("an earlier exchange has failed on this rank, and the ranks' collectives no longer match");
+        if (is_lost) throw std::runtime_error(kLostOrderWords);
         return {true, [run, collective, done = run->begin(collective)] { then(run, collective, done); }};
       } catch (const std::exception& error) {
         return {false, [run, collective, failure = failed_exchange(run->place, error)] { give_up(run, collective, failure, false); }};
+      } catch (...) {
+        return {false, [run, collective, failure = std::current_exception()] { give_up(run, collective, failure, false); }};
       }
     });
   }
@@ -220,9 +222,10 @@ void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request&
   agree(bucket, *process_group, at::kCPU);
   const Groups of_collective = groups(process_group, *bucket, at::kCPU);
   const Bucket::Plan how = plan_of(*process_group, density_of_current_step());
+  const Unsent unsent(order_is_lost_);
   if (!bucket->is_prepared(how)) bucket->prepare(how, residuals_, stages_on_cpu(how.kind));
+  note_sparse(bucket, request, world_size); // first, so that what it selects comes back should it stop halfway
   bucket->begin(request.buffer, request.unused, step_);
-  note_sparse(bucket, request, world_size);
 
   auto run = std::make_shared<Run>();
   run->place = {bucket, step_, static_cast<int>(rank), static_cast<int>(world_size)};
@@ -246,6 +249,7 @@ void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& 
   const int64_t world_size = process_group->getSize();
   agree(bucket, *process_group, at::kCPU);
   at::Tensor buffer = request.buffer;
+  const Unsent unsent(order_is_lost_);
   note_dense(bucket, request, world_size);
   at::Tensor sent =
       buffer.div_(world_size).to(dense_type(bucket->key().type)); // before the sum, so that fp16 does not overflow; often buffer itself

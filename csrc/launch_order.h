@@ -15,6 +15,8 @@
 
 namespace compressed_ddp {
 
+inline constexpr const char* kLostOrderWords = "an earlier exchange has failed on this rank, and the ranks' collectives no longer match";
+
 class LaunchOrder {
  public:
   struct Begun {

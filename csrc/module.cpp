@@ -216,7 +216,7 @@ PYBIND11_MODULE(_C, m) {
              const release_gil released;
              engine.bind(named);
            })
-      .def("is_bound", [](Engine& engine) { return engine.residuals().is_bound(); })
+      .def("is_bound", &Engine::is_bound)
       .def("reduce_bucket",
            [](Engine& engine, c10d::GradBucket& bucket) {
              c10::IValue result = python_result(bucket.getBuffer());

@@ -9,9 +9,11 @@ import dataclasses
 import math
 import os
 import re
+import resource
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import ranks
@@ -145,6 +147,32 @@ def test_a_peer_killed_before_the_first_agreement_gives_the_same_words(entry: st
     assert not any(residual.any() for residual in survived.residuals.values()), (
         "nothing was selected yet"
     )
+
+
+def reduce_with_little_memory_left(rank: int, world_size: int, exchange: str) -> list[str]:
+    state = TopKEFState(density=0.01, dense_steps=0, exchange=exchange)
+    all_reduce_(torch.ones(5000), state, name="small")
+    tensors = {"large": torch.ones(40_000_000), "small": torch.ones(5000)}
+    if rank == VICTIM:
+        used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limit_bytes = used_bytes + 64 * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+    return [
+        failing(lambda name=name: all_reduce_(tensors[name], state, name=name))[0]
+        for name in tensors
+    ]
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "split"])
+def test_a_bucket_that_never_started_lets_no_later_one_meet_its_peers(exchange: str) -> None:
+    """Gloo would abort a process: the peer expects the first bucket's bytes."""
+    waited, failed = ranks.run(2, reduce_with_little_memory_left, exchange, group_timeout_s=3)
+    assert_says(failed[0], "memory")
+    assert_says(
+        failed[1], "an earlier exchange has failed on this rank", "'small'", "on rank 1 of 2"
+    )
+    for message in waited:
+        assert_says(message, "another rank has died or is stalled", "on rank 0 of 2")
 
 
 def train_beside_a_stalled_peer(
