@@ -132,6 +132,25 @@ TEST(CompensateSelectCuda, TheLargestFiniteNumberIsFinite) {
       }
 }
 
+// Sums of ones have no rounding: every thread's part shows, whatever kind of segment it is of.
+TEST(CompensateSelectCuda, NoEntryIsMissingFromTheSumsOfSquares) {
+  const int64_t t = kTileNumel;
+  for (const ValueFormat value_format : kValueFormats)
+    for (const Numbers& segments : {Numbers{t - 5, 2 * t + 1023, 1500}, Numbers{300, 2000, 1500}}) {
+      const Layout layout = Layout::make(segments, Numbers{0, 1, -1}, Numbers{30, 40}, value_format);
+      CudaPlan plan(layout);
+      const auto numel = static_cast<size_t>(layout.numel);
+      const SelectionCase c = make_case(layout, GradientType::kFloat32, {std::vector<float>(numel, 1.0f), std::vector<float>(numel)}, true);
+      for (const Method method : kMethods) {
+        SCOPED_TRACE(std::string(name_of(value_format)) + ", " + name_of(method));
+        const EncodedCase got = plan.run(c, method);
+        EXPECT_EQ(got.gradient_sq, static_cast<double>(layout.numel));
+        EXPECT_EQ(got.residual_sq, static_cast<double>(layout.numel - segments[2] - layout.selected_numel));
+        EXPECT_EQ(got.sent_sq, static_cast<double>(layout.selected_numel));
+      }
+    }
+}
+
 TEST(CompensateSelectCuda, ZerosTravelWhereLessIsThere) {
   const int64_t t = kTileNumel; // tails that fill no warp's row
   for (const ValueFormat value_format : kValueFormats) {
@@ -287,6 +306,8 @@ TEST(CompensateSelectCuda, EntriesAtTheEdgesOfBinsAreOnTheRightSide) {
     expect_equal("the k-th is the first of its bin", [&](int64_t place, float g) {
       return place < k - 1 ? 1.9f : place < 3 * k ? 1.05f : tiny(g);
     });
+    // Where the guess's bins begin: all its thresholds are keys that entries have.
+    expect_equal("a coarse grid", [&](int64_t, float g) { return float_of(bits_of(g) & ~0x3ffffu); });
     for (const int64_t fewer : {0, 1, 2}) // then zeros must travel
       expect_equal("zeros", [&](int64_t place, float g) { return place < k - fewer ? 1 + std::abs(g) : 0; });
     expect_equal("more Inf and NaN than can travel", [&](int64_t place, float g) {
@@ -296,31 +317,38 @@ TEST(CompensateSelectCuda, EntriesAtTheEdgesOfBinsAreOnTheRightSide) {
   }
 }
 
-// The same where the guess is wrong, which these seeds make it.
+// The same where the guess is wrong, which these seeds make it. A run of one tile, and a sparse and a dense selection.
 TEST(CompensateSelectCuda, EntriesAtTheEdgesOfBinsAreOnTheRightSideAfterAWrongGuess) {
-  for (const ValueFormat value_format : kValueFormats) {
-    for (const bool first_of_bin : {false, true})
-      for (const auto& [one_in, seed] : {std::pair{100, uint64_t{14}}, {10, uint64_t{2}}}) {
-        const int64_t numel = two_runs(value_format).numel, k = numel / one_in;
+  struct Case {
+    int64_t numel, one_in;
+    uint64_t seed;
+  };
+  enum Rest { kAsItIs, kKthIsTheFirstOfItsBin, kDenormal };
+  size_t round = 0; // the value formats take turns
+  for (const auto& [numel, one_in, seed] : {Case{12 * kTileNumel + 5, 100, 14}, {12 * kTileNumel + 5, 10, 2}, {9 * kTileNumel, 100, 1}})
+    for (const Rest rest : {kAsItIs, kKthIsTheFirstOfItsBin, kDenormal})
+      for (const bool error_feedback : {true, false}) {
+        const int64_t k = numel / one_in;
+        const ValueFormat value_format = kValueFormats[round++ % kValueFormats.size()];
         const Layout layout = Layout::make(Numbers{numel}, Numbers{0}, Numbers{k}, value_format);
         CudaPlan plan(layout);
-        SCOPED_TRACE(std::string(name_of(value_format)) + ", density 1 / " + std::to_string(one_in) +
-                     (first_of_bin ? ", the k-th is the first of its bin" : "") + ", seed " + std::to_string(seed));
-        GradientAndResidual data = large_sectors(layout.numel, k / cuda::kSectorNumel, seed);
+        SCOPED_TRACE(std::string(name_of(value_format)) + ", numel " + std::to_string(numel) + ", density 1 / " + std::to_string(one_in) +
+                     ", rest " + std::to_string(rest) + ", seed " + std::to_string(seed));
+        GradientAndResidual data = large_sectors(numel, k / cuda::kSectorNumel, seed);
+        data.residual.assign(data.residual.size(), 0);
         int64_t above = std::count_if(data.gradient.begin(), data.gradient.end(), [](float g) { return std::abs(g) > 20; });
         ASSERT_LT(above, k - 1);
-        for (size_t i = 0; i < data.gradient.size(); ++i) {
-          float& g = data.gradient[i];
+        Random random(seed);
+        for (float& g : data.gradient)
           if (std::abs(g) > 20)
             g = std::copysign(64.0f, g);
-          else if (first_of_bin)
+          else if (rest == kKthIsTheFirstOfItsBin)
             g = above < k - 1 ? (++above, 1.9f) : 1.05f;
-          data.residual[i] = 0;
-        }
-        expect_as_on_cpu(make_case(layout, GradientType::kFloat32, data, true), plan);
+          else if (rest == kDenormal)
+            g = std::copysign(float_of(static_cast<uint32_t>(random.integer(1, 1 << 20))), g); // of the first bin
+        expect_as_on_cpu(make_case(layout, GradientType::kFloat32, data, error_feedback), plan);
         if (HasFatalFailure()) return;
       }
-  }
 }
 
 TEST(CompensateSelectCuda, ManyStepsKeepWhatWasNotSent) {

@@ -455,29 +455,42 @@ TEST(DecodeApplyCuda, OnePayloadOfARankInTheMiddleIsDecodedAndNamed) {
   }
 }
 
+// Of few and of many payloads, whose headers alone are read; of buckets that take one round, four rounds of stores, and a part of one.
 TEST(NanIfFlaggedCuda, OneFlaggedPayloadMakesTheWholeBucketNan) {
   const Layout layout = Layout::make(Numbers{100}, Numbers{0}, Numbers{3});
-  const int64_t stride = payload_bytes(layout) + 64;
-  for (const int flagged : {-1, 0, 2})
+  constexpr int64_t kStride = 64;
+  struct Case {
+    int count, flagged;
+    int64_t numel;
+  };
+  for (const auto& [count, flagged, numel] : {Case{3, -1, 3000},
+                                              {3, 0, 3000},
+                                              {3, 2, 2048},
+                                              {1, 0, 1},
+                                              {1024, -1, 257},
+                                              {1024, 0, 257},
+                                              {1024, 511, 257},
+                                              {1024, 512, 2047},
+                                              {1024, 1023, 257}})
     for (const GradientType type : kGradientTypes) {
-      Bytes payloads(static_cast<size_t>(3 * stride));
-      for (int p = 0; p < 3; ++p) {
-        const Bytes one = random_payload(layout, p, kStep, 60, p == flagged);
-        std::copy(one.begin(), one.end(), payloads.begin() + p * stride);
+      SCOPED_TRACE(std::to_string(flagged) + " of " + std::to_string(count) + ", numel " + std::to_string(numel));
+      Bytes payloads(static_cast<size_t>(count * kStride));
+      for (int p = 0; p < count; ++p) {
+        const PayloadHeader header = make_header(layout, p, kStep, p == flagged);
+        std::memcpy(payloads.data() + p * kStride, &header, sizeof header);
       }
       DeviceMemory<uint8_t> device{std::span<const uint8_t>(payloads)};
-      constexpr int64_t kNumel = 3000;
-      TypedBuffer expected(type, std::vector<float>(kNumel, 0.5f));
-      const auto bytes = static_cast<size_t>(kNumel * element_bytes(type));
+      TypedBuffer expected(type, std::vector<float>(static_cast<size_t>(numel), 0.5f));
+      const auto bytes = static_cast<size_t>(numel * element_bytes(type));
       const auto* begin = static_cast<const uint8_t*>(expected.data());
       DeviceMemory<uint8_t> bucket{std::span<const uint8_t>(begin, bytes)};
       const std::vector<cuda::DecodeStatus> before(1);
       DeviceMemory<cuda::DecodeStatus> status{std::span<const cuda::DecodeStatus>(before)};
-      cuda::nan_if_flagged({device.data(), stride, 3, bucket.data(), kNumel, type, status.data()}, nullptr);
+      cuda::nan_if_flagged({device.data(), kStride, count, bucket.data(), numel, type, status.data()}, nullptr);
       require(cudaStreamSynchronize(nullptr), "nan_if_flagged");
-      if (flagged >= 0) fill_nan(kNumel, expected.data(), type);
+      if (flagged >= 0) fill_nan(numel, expected.data(), type);
       const Bytes after = bucket.download();
-      EXPECT_EQ(std::memcmp(after.data(), expected.data(), bytes), 0) << flagged;
+      EXPECT_EQ(std::memcmp(after.data(), expected.data(), bytes), 0);
       EXPECT_EQ(status.download()[0].step_is_bad, flagged >= 0 ? 1u : 0u);
     }
 }
