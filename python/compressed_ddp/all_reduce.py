@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -69,11 +70,18 @@ def all_reduce_(
             return tensor.copy_(flat.view(tensor.shape))
 
     if async_op:
-        return future.then(copy_back) if is_copy else future
+        returned = future.then(copy_back) if is_copy else future
+        # While the caller keeps the future, its exchange may need the state's groups.
+        weakref.finalize(returned, _let_go, state).atexit = False
+        return returned
     future.wait()
     if is_copy:
         tensor.copy_(flat.view(tensor.shape))
     return tensor
+
+
+def _let_go(state: TopKEFState) -> None:
+    """Nothing: what holds it as an argument is the finalizer."""
 
 
 def _check_tensor(tensor: object) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import socket
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from . import auto_exchange
 
@@ -27,21 +31,32 @@ class ExchangeGroups:
         self._density, self._value_format = density, value_format
         self.logs = True  # rank 0 does
         self._groups: list[dist.ProcessGroup] = []
+        self._token = ""
         weakref.finalize(self, _destroy, self._groups).atexit = False
 
     def make(
         self, process_group: dist.ProcessGroup, ranks: list[int], device_type: str
     ) -> dist.ProcessGroup:
-        """A new group of those `ranks` of `process_group`, with its backend for that type of device and its timeout."""
+        """A new group of those `ranks` of `process_group`, with its backend for that type of device and its timeout.
+
+        All ranks of `process_group` call it equally often, each with the ranks of a group that it is in.
+        """
         backend = process_group._get_backend(torch.device(device_type))
         of_world = _world_ranks(process_group)
-        group = dist.new_group(
-            [of_world[rank] for rank in ranks],
-            backend=backend.name(),
-            timeout=backend.options._timeout,
-            use_local_synchronization=True,
-            group_desc="compressed_ddp",
-        )
+        if not self._token:
+            tokens = [secrets.token_hex(8)]
+            dist.broadcast_object_list(tokens, group=process_group, group_src=0)
+            self._token = tokens[0]
+        members = [of_world[rank] for rank in ranks]
+        name = f"compressed_ddp_{self._token}_{len(self._groups)}_{members[0]}"
+        with _group_name(name):
+            group = dist.new_group(
+                members,
+                backend=backend.name(),
+                timeout=backend.options._timeout,
+                use_local_synchronization=True,
+                group_desc="compressed_ddp",
+            )
         assert isinstance(group, dist.ProcessGroup)
         self._groups.append(group)
         return group
@@ -85,6 +100,22 @@ class ExchangeGroups:
     def clear(self) -> None:
         """Ends all groups, of which none may be in use."""
         _destroy(self._groups)
+        self._token = ""
+
+
+@contextlib.contextmanager
+def _group_name(name: str) -> Iterator[None]:
+    """Gives the next new group this name instead of torch's own.
+
+    Torch derives names from counters that each rank keeps for itself. They are equal only while all ranks make equally many groups,
+    which ranks of another model do not: its groups, or the next ones that all ranks make, would wait for each other under different
+    names. A name that the members have agreed on leaves the counters alone.
+    """
+    if not hasattr(distributed_c10d, "_process_group_name"):
+        yield  # of a torch to come: its own name
+        return
+    with mock.patch.object(distributed_c10d, "_process_group_name", return_value=name):
+        yield
 
 
 def ranks_per_node_of(nodes: list[str]) -> int:
