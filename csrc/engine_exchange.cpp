@@ -306,7 +306,9 @@ void Engine::note_sparse(const std::shared_ptr<Bucket>& bucket, const Request& r
   bucket->last.step = step_;
   bucket->last.dense = false;
   bucket->last.gradient_bytes = static_cast<double>(gradient_bytes);
-  bucket->last.payload_bytes = static_cast<double>(bucket->exchange().payload_bytes());
+  // Of hierarchical a payload is that of a shard: the gradient's is as many times larger as there are shards.
+  const int64_t shards = exchange_kind(world_size) == ExchangeKind::kHierarchical ? ranks_per_node_ : 1;
+  bucket->last.payload_bytes = static_cast<double>(shards * bucket->exchange().payload_bytes());
   bucket->last.dense_bytes = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
   bucket->last.bytes_sent = bucket->exchange().sent_bytes();
   step_buckets_.push_back(bucket);

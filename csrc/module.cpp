@@ -81,9 +81,12 @@ void use_groups(EngineOptions& options, py::object groups) {
   };
   options.make_group = [call](const EngineOptions::ProcessGroupPtr& process_group, const std::vector<int64_t>& ranks,
                               c10::DeviceType type) {
-    return call("a process group that this exchange needs could not be made", [&](const py::object& object) {
-      return object.attr("make")(process_group, ranks, c10::DeviceTypeName(type, true)).cast<EngineOptions::ProcessGroupPtr>();
-    });
+    return call(
+        "a process group that this exchange needs could not be made (usually another rank has died or is stalled: look for the "
+        "first error in the other ranks' logs)",
+        [&](const py::object& object) {
+          return object.attr("make")(process_group, ranks, c10::DeviceTypeName(type, true)).cast<EngineOptions::ProcessGroupPtr>();
+        });
   };
   options.find_ranks_per_node = [call](const EngineOptions::ProcessGroupPtr& process_group) {
     return call("the ranks of a node could not be found out",

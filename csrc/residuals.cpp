@@ -149,7 +149,7 @@ void ResidualStore::set_shard(const Shard& shard) {
   const Shard before = shard_.value_or(Shard{});
   TORCH_CHECK_VALUE(!has_residuals, "TopKEFState: this rank keeps shard ", before.index, " of ", before.count,
                     " of the residuals, but its place in its node now asks for shard ", shard.index, " of ", shard.count,
-                    "; go on with as many ranks on each node as before (ranks_per_node), or start without residuals");
+                    "; go on with the exchange and the ranks_per_node that they were saved with, or start without residuals");
   shard_ = shard.count == 1 ? std::nullopt : std::optional(shard);
 }
 
@@ -217,7 +217,7 @@ void ResidualStore::import_residuals(const std::vector<std::pair<std::string, at
   const Shard given = shard.value_or(Shard{}), kept = shard_.value_or(Shard{});
   TORCH_CHECK_VALUE(!shard_is_settled_ || residuals.empty() || given == kept, "TopKEFState.load_state_dict: the state holds shard ",
                     given.index, " of ", given.count, " of the residuals, but this rank keeps shard ", kept.index, " of ", kept.count,
-                    "; go on with as many ranks on each node as before (ranks_per_node), or start without residuals");
+                    "; go on with the exchange and the ranks_per_node that they were saved with, or start without residuals");
   const std::optional<Shard> shard_before = shard_;
   const std::map<std::string, ShardPlace> places_before = std::exchange(waiting_places_, {});
   if (!shard_is_settled_ && !residuals.empty()) shard_ = shard;
