@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mutant_reasons import CUB, UNEXPLAINED, reason_of
+from mutant_reasons import HEADER, UNEXPLAINED, reason_of, unused_reasons
 from timing import RESULTS, goal, write_counted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,12 +27,17 @@ MUTATE = ROOT / "tests" / "cpp" / "ptx" / "mutate_ptx.py"
 CSRC = ROOT / "csrc" / "cuda"
 SELECTION = "compensate_select_cuda_test_ptx80"
 RUNS = (  # a program, its kernels, tests that notice most of them quickly, and tests that reach the rest
-    (SELECTION, "guess_kernelIf", "*AWrongGuess*:*ManySegments*:*Zeros*:*AllTails*", ""),
+    (
+        SELECTION,
+        "guess_kernelIf",
+        "*AWrongGuess*:*ManySegments*:*Zeros*:*AllTails*:*AGuessThat*",
+        "",
+    ),
     (
         SELECTION,
         "(filter_kernelIf|histogram_kernelIf|refine_kernelIf|emit_kernelIf|small_kernelIf|encode_lost)",
-        "*AWrongGuess*:*ManySegments*:*ALayout*:*OneNonFinite*:*Largest*:*Zeros*:*TwoSegments*:*Edges*:*AllTails*",
-        "*AGuessThat*:*ManySteps*:*SmallGroupsAlone*:*MoreGroups*",
+        "*AWrongGuess*:*ManySegments*:*ALayout*:*OneNonFinite*:*Largest*:*Zeros*:*TwoSegments*:*Edges*:*AllTails*:*NoEntry*",
+        "*AGuessThat*:*ManySteps*:*SmallGroups*:*MoreGroups*:*Adversarial*:*Ties*:*Magnitude*",
     ),
     (
         "decode_apply_cuda_test_ptx80",
@@ -53,7 +58,9 @@ def code_at(source: str) -> str:
     """Return the line that `file.cuh:12` names, or where it is from."""
     name, _, number = source.rpartition(":")
     path = CSRC / name
-    return path.read_text().splitlines()[int(number) - 1].strip() if path.is_file() else CUB
+    if not path.is_file():
+        return HEADER
+    return path.read_text().splitlines()[int(number) - 1].strip() if number != "0" else "(of nvcc)"
 
 
 def readable(mangled: str) -> str:
@@ -107,7 +114,7 @@ def write_result(mutants: list[dict[str, Any]], kind: str, output: Path | None) 
         )
     survived = sum(row["survived"] for row in rows)
     survivors = Counter(
-        (readable(m["kernel"]).split(" ")[0], m["source"], re.sub(r"%\w+", "%", m["change"]))
+        (readable(m["kernel"]), m["source"], re.sub(r"%\w+", "%", m["change"]))
         for m in mutants
         if not m["outcome"]
     )
@@ -118,7 +125,7 @@ def write_result(mutants: list[dict[str, Any]], kind: str, output: Path | None) 
             "code": (code := code_at(source)),
             "comparison": comparison,
             "mutants": count,
-            "reason": reason_of(kernel, code),
+            "reason": reason_of(kernel, code, comparison),
         }
         for (kernel, source, comparison), count in sorted(survivors.items())
     ]
@@ -127,6 +134,10 @@ def write_result(mutants: list[dict[str, Any]], kind: str, output: Path | None) 
     else:
         unexplained = sum(one["mutants"] for one in listed if one["reason"] == UNEXPLAINED)
         goals = [goal("flipped comparisons that survive without a reason", unexplained, at_most=0)]
+        for reason in unused_reasons(
+            [(one["kernel"], one["code"], one["comparison"]) for one in listed]
+        ):
+            print(f"no survivor has this reason: {reason}")
     write_counted(
         "count_mutants",
         f"Mutants of the CUDA kernels ({kind}), executed without a GPU",

@@ -1,6 +1,8 @@
 // compensate_select_ and encode on CUDA against the CPU engine, bit for bit: payload bytes and residual.
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <numeric>
 
 #include "cuda_cases.h"
 
@@ -80,6 +82,82 @@ TEST(CompensateSelectCuda, EqualsTheCpuEngineOnSmallGroupsAlone) { // which take
         expect_as_on_cpu(make_case(layout, type, make_data(data, layout.numel, 38), true), plan);
         if (HasFatalFailure()) return;
       }
+  }
+}
+
+Layout two_runs(ValueFormat value_format) { // so that blocks meet in the tickets and in the look-back
+  const int64_t numel = 12 * kTileNumel + 5;
+  return Layout::make(Numbers{numel}, Numbers{0}, Numbers{numel / 100}, value_format);
+}
+
+// Groups of one tile, in a launch of their own and in the one that large groups bring along.
+void expect_small_groups_as_on_cpu(Numbers numels, Numbers k, const std::function<void(const Layout&, GradientAndResidual&)>& change) {
+  Numbers groups;
+  for (const bool beside_large : {false, true}) {
+    if (beside_large) numels.insert(numels.begin(), kTileNumel + 1), k.insert(k.begin(), 40);
+    groups.resize(numels.size());
+    std::iota(groups.begin(), groups.end(), 0);
+    for (const ValueFormat value_format : kValueFormats) {
+      SCOPED_TRACE(std::string(name_of(value_format)) + (beside_large ? ", beside a large one" : "") + ", seed 49");
+      const Layout layout = Layout::make(numels, groups, k, value_format);
+      CudaPlan plan(layout);
+      GradientAndResidual data = make_data(Data::kNormal, layout.numel, 49);
+      change(layout, data);
+      SelectionCase c = make_case(layout, GradientType::kFloat32, data, true);
+      expect_as_on_cpu(c, plan);
+      for (size_t s = 0; s < numels.size(); ++s) c.unused.push_back(s % 3 == 0);
+      expect_as_on_cpu(c, plan);
+      if (::testing::Test::HasFatalFailure()) return;
+    }
+  }
+}
+
+// They end in every row of a block, with every entry of a thread.
+TEST(CompensateSelectCuda, EqualsTheCpuEngineOnSmallGroupsOfAllTails) {
+  Numbers numels, k;
+  for (const int64_t row : {0, 1024, 2048, 3072, 4096})
+    for (int64_t numel = row - 3; numel <= std::min<int64_t>(row + 3, kTileNumel - 1); ++numel)
+      if (numel > 0) numels.push_back(numel), k.push_back(1 + numel / 50);
+  expect_small_groups_as_on_cpu(numels, k, [](const Layout&, GradientAndResidual&) {});
+  if (HasFatalFailure()) return;
+  expect_small_groups_as_on_cpu(numels, k, [](const Layout& layout, GradientAndResidual& data) { // the last entry of each
+    for (const Segment& segment : layout.segments) data.gradient[static_cast<size_t>(segment.offset + segment.numel - 1)] = NAN;
+  });
+}
+
+// All entries are equal: the last one that is taken lies in every row of a block, and is every entry of a thread.
+TEST(CompensateSelectCuda, TiesEndAnywhereInASmallGroup) {
+  Numbers k;
+  for (int64_t row = 0; row < kTileNumel; row += 1024)
+    for (int64_t j = 0; j < 4; ++j) k.push_back(row + 500 + j);
+  expect_small_groups_as_on_cpu(Numbers(k.size(), kTileNumel), k, [](const Layout&, GradientAndResidual& data) {
+    std::fill(data.gradient.begin(), data.gradient.end(), 1.0f);
+    std::fill(data.residual.begin(), data.residual.end(), 0.0f);
+  });
+}
+
+// An eighth of all keys at a time, spread evenly in the logarithm, so that every bin of every thread holds some.
+TEST(CompensateSelectCuda, EqualsTheCpuEngineOnValuesOfEveryMagnitude) {
+  for (uint32_t eighth = 0; eighth < 8; ++eighth) {
+    const Layout layout = two_runs(kValueFormats[eighth % kValueFormats.size()]);
+    CudaPlan plan(layout);
+    GradientAndResidual data = make_data(Data::kNormal, layout.numel, 50);
+    Random random(50);
+    for (float& g : data.gradient) {
+      const uint32_t key = eighth << 28 | static_cast<uint32_t>(random.integer(0, 1 << 28));
+      g = std::copysign(float_of(std::min(key, kInfinityKey - 1)), g);
+    }
+    std::fill(data.residual.begin(), data.residual.end(), 0.0f);
+    const SelectionCase c = make_case(layout, GradientType::kFloat32, data, true);
+    const EncodedCase expected = on_cpu(c);
+    for (const Method method : kMethods) {
+      SCOPED_TRACE("eighth " + std::to_string(eighth) + ", " + name_of(method) + ", seed 50");
+      const EncodedCase got = plan.run(c, method); // but for the statistics, whose squares overflow
+      expect_same_payload(layout, expected.payload, got.payload);
+      if (HasFatalFailure()) return;
+      ASSERT_TRUE(same_bits(expected.residual, got.residual));
+      ASSERT_TRUE(plan.workspace_is_clear());
+    }
   }
 }
 
@@ -231,11 +309,6 @@ TEST(CompensateSelectCuda, RandomCasesEqualTheCpuEngine) {
   }
 }
 
-Layout two_runs(ValueFormat value_format) { // so that blocks meet in the tickets and in the look-back
-  const int64_t numel = 12 * kTileNumel + 5;
-  return Layout::make(Numbers{numel}, Numbers{0}, Numbers{numel / 100}, value_format);
-}
-
 TEST(CompensateSelectCuda, AGuessThatSaysNothingIsMended) {
   // Nearly all zeros: the guess gives up. A clump that fills some tiles: their slots overflow.
   const int64_t numel = two_runs(ValueFormat::kFloat32).numel;
@@ -299,6 +372,9 @@ TEST(CompensateSelectCuda, EntriesAtTheEdgesOfBinsAreOnTheRightSide) {
     };
     const auto tiny = [](float g) { return 0.01f * g; };
     expect_equal("one value", [&](int64_t place, float g) { return place < 2 * k ? 1.0f : tiny(g); });
+    expect_equal("one value, and a few where the guess's bin of it ends", [&](int64_t place, float g) {
+      return place < 10 ? 1.03125f : place < 2 * k ? 1.0f : tiny(g);
+    });
     // Multiples of 2^-14 between 1 and 1.125 are where the bins of the second pass begin, 1.125 where its upper end is.
     expect_equal("all of them", [&](int64_t place, float g) {
       return place < k / 2 ? 1.125f : place < 2 * k ? 1 + static_cast<float>(place % 2048) / 16384 : tiny(g);
@@ -346,7 +422,9 @@ TEST(CompensateSelectCuda, EntriesAtTheEdgesOfBinsAreOnTheRightSideAfterAWrongGu
             g = above < k - 1 ? (++above, 1.9f) : 1.05f;
           else if (rest == kDenormal)
             g = std::copysign(float_of(static_cast<uint32_t>(random.integer(1, 1 << 20))), g); // of the first bin
-        expect_as_on_cpu(make_case(layout, GradientType::kFloat32, data, error_feedback), plan);
+        SelectionCase c = make_case(layout, GradientType::kFloat32, data, error_feedback);
+        if (rest == kAsItIs) c.unused = {0}; // asked, and used
+        expect_as_on_cpu(c, plan);
         if (HasFatalFailure()) return;
       }
 }
