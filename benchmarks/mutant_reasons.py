@@ -18,6 +18,7 @@ EMPTY_ROUND = "a round more, in which there is nothing to do"
 BEHIND_BUCKET = "finds an index behind the bucket, which the check of the entry's group refuses"
 NO_OVERLAP = "a dense tile that only touches this one adds nothing to it"
 NO_SIGNS = "this kernel has no signs, and nobody asks"
+NO_EDGES = "copies of whole units have no edges: neither the first thread nor the second has one"
 BEHIND_LAST = "behind the last entry, where it counts only before entries that are behind it, too"
 UNEXPLAINED = "none known"
 
@@ -121,7 +122,18 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
     ("decode_apply .*", "if (block < a.count && threadIdx.x == 0)", ".*", OTHERS),
     ("decode_apply .*", "if (threadIdx.x == 0) first_dense", r"setp\.ne\.s32 %, %, 0;", OTHERS),
     ("decode_apply .*", "if (threadIdx.x == 32) groups", r"setp\.ne\.s32 %, %, 32;", OTHERS),
-    ("decode_apply .*", "if (seen > mine) atomicMin", ".*", "the minimum of two equal ranks"),
+    (
+        "decode_apply .*",
+        "if (word_index >= 2 * plan.high_words) return",
+        r"setp\.ge\.s64 .*",
+        "zeros of a good payload suffice to reach a tile; a bad one has too many ones then, and is refused for them",
+    ),
+    (
+        "decode_apply .*|unpack_shards",
+        "if (seen > mine) atomicMin",
+        ".*",
+        "the minimum of two equal ranks",
+    ),
     ("decode_apply .*", "i < kDecodeTileNumel; i += kThreads", ".*", UNROLLED),
     (
         r"decode_apply \((fp32|bf16) values\)",
@@ -182,6 +194,18 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
         r"setp\.(ge|lt)\.s64 .*",
         BEHIND_BUCKET,
     ),
+    (
+        "decode_apply .*",
+        "if (first_bit < bits.end && word_index",
+        r"setp\.(le|gt)\.s64 .*",
+        "every word in this branch begins before `bits.end`",
+    ),
+    (
+        "decode_apply .*",
+        "for (; i < numel; ++i) out[i]",
+        r"setp\.(lt\.s32 %, %, %|lt\.u32 %, %, 3);",
+        UNROLLED,
+    ),
     ("decode_apply .*", "const bool is_last =", r"setp\.(ge|lt)\.s64 .*", EMPTY_ROUND),
     ("decode_apply .*", "const bool has_bits =", r"setp\.lt\.s64 .*", EMPTY_ROUND),
     ("decode_apply .*", "first += kRanksAtOnce", r"setp\.gt\.s32 .*", EMPTY_ROUND),
@@ -204,6 +228,23 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
         r"setp\.le\.u32 .*",
         "256 entries later index >> 8 is larger; where it seems to be equal, the tile refuses it",
     ),
+    # shards
+    ("pack_shards|unpack_shards", "first += kThreads", r"setp\.lt\.s32 .*", EMPTY_ROUND),
+    (
+        "pack_shards|unpack_shards",
+        "i < num_words; i += kWordsAtOnce * kThreads",
+        r"setp\.(lt|ge)\.s32 .*",
+        EMPTY_ROUND,
+    ),
+    (
+        "pack_shards|unpack_shards",
+        "for (int j = 0; j < kWordsAtOnce; ++j)",
+        r"setp\.eq\.s32 %, %, 0;",
+        EMPTY_ROUND,
+    ),
+    ("unpack_shards", "if (i + j * kThreads < num_words) words[j]", r"setp\.ge\.s32 .*", UNROLLED),
+    ("pack_shards", "const int mine = first", r"setp\.lt\.s32 %, %, 1;", NO_EDGES),
+    ("unpack_shards", "(of nvcc)", r"setp\.lt\.s32 %, %, 1;", NO_EDGES),
     ("decode_apply .*", "i + 4 <= numel; i += 4 * kThreads", r"setp\.(gt|le)\.s32 .*", FOUR),
 )
 

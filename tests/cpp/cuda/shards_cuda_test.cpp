@@ -140,12 +140,13 @@ TEST(PackShardsCuda, MorePiecesThanBlocksAreAllCopied) {
 }
 
 TEST(PackShardsCuda, PresenceNeedsNoPieces) {
-  for (const GradientType type : kGradientTypes) {
-    Bytes unused = random_bytes(1030, 84);
-    for (uint8_t& flag : unused) flag &= 1;
-    expect_pack_is_that_of_the_cpu({{}, {1, 1032, 2065}, unused}, type);
-    expect_pack_is_that_of_the_cpu({{{0, 0, 0}}, {0}, unused}, type);
-  }
+  for (const GradientType type : kGradientTypes)
+    for (const int64_t num_parameters : {300, 600, 1024, 1030}) { // rounds of a block
+      Bytes unused = random_bytes(num_parameters, 84);
+      for (uint8_t& flag : unused) flag &= 1;
+      expect_pack_is_that_of_the_cpu({{}, {1, 1032, 2065}, unused}, type);
+      expect_pack_is_that_of_the_cpu({{{0, 0, 0}}, {0}, unused}, type);
+    }
 }
 
 // ---- mean_of_shards
@@ -180,7 +181,7 @@ TypedBuffer adversarial_shards(GradientType type, int64_t numel, uint64_t seed) 
 
 TEST(MeanOfShardsCuda, EqualsTheCpuEngineBitForBit) {
   for (const GradientType type : kGradientTypes)
-    for (const int64_t count : {1, 2, 3, 8}) {
+    for (const int64_t count : {1, 2, 3, 4, 8}) {
       const int64_t tile = 256 * 16 / element_bytes(type); // shards.cu
       Numbers numels = {0, tile - 1, tile, tile + 8, 2 * tile + 5};
       for (int64_t numel = 1; numel <= 17; ++numel) numels.push_back(numel);
@@ -196,7 +197,8 @@ TEST(MeanOfShardsCuda, UnalignedBuffersGiveTheSameBits) {
   for (const GradientType type : kGradientTypes)
     for (const auto& [shards_front, mean_front] : {std::pair(1, 0), std::pair(0, 1), std::pair(3, 2)}) {
       SCOPED_TRACE(std::string(testing::name_of(type)) + ", front " + std::to_string(shards_front) + ", " + std::to_string(mean_front));
-      expect_mean_is_that_of_the_cpu(adversarial_shards(type, 3 * 1040, 86), 3, shards_front, mean_front);
+      for (const int64_t count : {3, 4})
+        expect_mean_is_that_of_the_cpu(adversarial_shards(type, count * 1040, 86), count, shards_front, mean_front);
     }
 }
 
@@ -348,9 +350,9 @@ TEST(UnpackShardsCuda, AFlaggedSlotMakesTheBucketNanAndItsStepBad) {
   for (const GradientType type : kGradientTypes)
     for (const int64_t flagged : {0, 2}) {
       SCOPED_TRACE(std::string(testing::name_of(type)) + ", slot " + std::to_string(flagged));
-      Slots slots(type, 3, 5120, 94);
+      Slots slots(type, 3, 20480, 94);
       slots.change(flagged, [](PayloadHeader& header) { header.flags = kFlagNonFinite; });
-      const Pieces pieces = pieces_of_slots(slots, {17, 0, 40, 1, 1100}, 5);
+      const Pieces pieces = pieces_of_slots(slots, {17, 0, 40, 1, 300, 600, 1024, 1100}, 5); // rounds of a block
       const Unpacked unpacked = unpack_on_cuda(slots, pieces, 1);
       EXPECT_TRUE(unpack_on_cpu(slots, pieces, 1, true) == unpacked.bucket);
       expect_status(unpacked.status, 0, 1);
@@ -395,7 +397,7 @@ TEST(UnpackShardsCuda, EveryOneOfManySlotsIsLookedAtEvenForNoPieceOrOne) {
   for (const GradientType type : kGradientTypes)
     for (const int64_t wrong : {0, 255, 256, 299}) {
       Slots slots(type, 300, 128, 97);
-      const Pieces none, one = {{0, slots.first_entry(299), 10}};
+      const Pieces none, one = {{0, slots.first_entry(299), 64 / element_bytes(type)}}; // up to the end of the memory
       EXPECT_TRUE(unpack_on_cpu(slots, one) == unpack_on_cuda(slots, one).bucket);
       expect_status(unpack_on_cuda(slots, none).status, 0, 0);
       slots.change(wrong, [](PayloadHeader& header) { header.step = 8; });
