@@ -121,7 +121,6 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
     ("nan_if_flagged", "threadIdx.x == 0) atomicOr", r"setp\.ne\.s32 %, %, 0;", OTHERS),
     ("decode_apply .*", "if (block < a.count && threadIdx.x == 0)", ".*", OTHERS),
     ("decode_apply .*", "if (threadIdx.x == 0) first_dense", r"setp\.ne\.s32 %, %, 0;", OTHERS),
-    ("decode_apply .*", "if (threadIdx.x == 32) groups", r"setp\.ne\.s32 %, %, 32;", OTHERS),
     (
         "decode_apply .*",
         "if (word_index >= 2 * plan.high_words) return",
