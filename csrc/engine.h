@@ -164,13 +164,15 @@ class Engine {
   // From here on the other ranks wait for this bucket's collectives: if an exception comes first, no later one may begin on this rank.
   class Unsent {
    public:
-    explicit Unsent(bool& order_is_lost) : order_is_lost_(order_is_lost), exceptions_(std::uncaught_exceptions()) {}
-    ~Unsent() { order_is_lost_ = order_is_lost_ || std::uncaught_exceptions() > exceptions_; }
+    Unsent(bool& order_is_lost, int64_t world_size)
+        : order_is_lost_(order_is_lost), has_peers_(world_size > 1), exceptions_(std::uncaught_exceptions()) {}
+    ~Unsent() { order_is_lost_ = order_is_lost_ || (has_peers_ && std::uncaught_exceptions() > exceptions_); }
     Unsent(const Unsent&) = delete;
     Unsent& operator=(const Unsent&) = delete;
 
    private:
     bool& order_is_lost_;
+    bool has_peers_;
     int exceptions_;
   };
   void note_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);

@@ -94,7 +94,7 @@ void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
               "compressed_ddp: a CUDA graph holds the buffers of the bucket that begins with '", bucket->name(),
               "', but they would have to change for another world size; use a new TopKEFState, and capture again");
   give_report(*bucket, request.buffer.device());
-  const Unsent unsent(order_is_lost_);
+  const Unsent unsent(order_is_lost_, world_size);
   if (!bucket->is_prepared(plan))
     bucket->prepare(plan, residuals_, stages_on_device(request.buffer.device(), bucket->key().type, bucket->report));
   note_sparse(bucket, request, world_size); // first, so that what it selects comes back should it stop halfway
@@ -149,7 +149,7 @@ void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Reques
   agree(bucket, process_group, request.buffer.device());
   at::Tensor buffer = request.buffer;
   const bool beside_sparse = !is_dense_step(); // engine_exchange.cpp
-  const Unsent unsent(order_is_lost_);
+  const Unsent unsent(order_is_lost_, process_group.getSize());
   if (beside_sparse) give_report(*bucket, buffer.device());
   try {
     device_stream_->run([&] {

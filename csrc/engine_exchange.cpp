@@ -222,7 +222,7 @@ void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request&
   agree(bucket, *process_group, at::kCPU);
   const Groups of_collective = groups(process_group, *bucket, at::kCPU);
   const Bucket::Plan how = plan_of(*process_group, density_of_current_step());
-  const Unsent unsent(order_is_lost_);
+  const Unsent unsent(order_is_lost_, world_size);
   if (!bucket->is_prepared(how)) bucket->prepare(how, residuals_, stages_on_cpu(how.kind));
   note_sparse(bucket, request, world_size); // first, so that what it selects comes back should it stop halfway
   bucket->begin(request.buffer, request.unused, step_);
@@ -249,7 +249,7 @@ void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& 
   const int64_t world_size = process_group->getSize();
   agree(bucket, *process_group, at::kCPU);
   at::Tensor buffer = request.buffer;
-  const Unsent unsent(order_is_lost_);
+  const Unsent unsent(order_is_lost_, world_size);
   note_dense(bucket, request, world_size);
   at::Tensor sent =
       buffer.div_(world_size).to(dense_type(bucket->key().type)); // before the sum, so that fp16 does not overflow; often buffer itself
