@@ -210,7 +210,8 @@ def refused_on_one_rank(rank: int, world_size: int) -> list[str]:
     all_reduce_(gradient(rank, 0), state, name="w")
     if rank == 1:
         Runtime().refuse_launch(3)
-    return [message_of(lambda: all_reduce_(gradient(rank, 1), state, name="w")) for _ in range(2)]
+    lost = [gradient(rank, 1), gradient(rank, 2)]  # as above
+    return [message_of(lambda one=one: all_reduce_(one, state, name="w")) for one in lost]
 
 
 def test_a_selection_that_was_refused_on_one_rank_lets_no_later_collective_meet_its_peers() -> None:
