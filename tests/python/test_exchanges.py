@@ -372,7 +372,7 @@ def reduce_tiny_entries_once(rank: int, world_size: int) -> tuple[Tensor, Tensor
     """
     state = TopKEFState(density=0.01, dense_steps=0, exchange="split", value_format="sign")
     unit = 2.0**-24
-    given = torch.randint(-1, 2, (4096,), generator=torch.Generator().manual_seed(rank)).float()
+    given = torch.randint(-2, 3, (4096,), generator=torch.Generator().manual_seed(rank)).float()
     results, applied = torch.zeros(4096), torch.zeros(4096)
     for step in range(20):
         tensor = (given * unit if step == 0 else torch.zeros(4096)).half()
