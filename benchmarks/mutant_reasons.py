@@ -227,6 +227,7 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
         r"setp\.le\.u32 .*",
         "256 entries later index >> 8 is larger; where it seems to be equal, the tile refuses it",
     ),
+    ("decode_apply .*", "i + 4 <= numel; i += 4 * kThreads", r"setp\.(gt|le)\.s32 .*", FOUR),
     # shards
     ("pack_shards|unpack_shards", "first += kThreads", r"setp\.lt\.s32 .*", EMPTY_ROUND),
     (
@@ -244,7 +245,6 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
     ("unpack_shards", "if (i + j * kThreads < num_words) words[j]", r"setp\.ge\.s32 .*", UNROLLED),
     ("pack_shards", "const int mine = first", r"setp\.lt\.s32 %, %, 1;", NO_EDGES),
     ("unpack_shards", "(of nvcc)", r"setp\.lt\.s32 %, %, 1;", NO_EDGES),
-    ("decode_apply .*", "i + 4 <= numel; i += 4 * kThreads", r"setp\.(gt|le)\.s32 .*", FOUR),
 )
 
 

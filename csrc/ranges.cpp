@@ -90,7 +90,7 @@ class Cutter {
 
 std::vector<int64_t> range_ends(std::span<const RangePart> parts, int64_t count, const RangeRule& rule) {
   const Cutter cutter(parts, rule);
-  int64_t too_small = 0, suffices = (cutter.bytes() + kPayloadAlignment - 1) / kPayloadAlignment; // times kPayloadAlignment
+  int64_t too_small = 0, suffices = cutter.bytes() / kPayloadAlignment; // times kPayloadAlignment, of which payloads are multiples
   while (suffices - too_small > 1) {
     const int64_t middle = (too_small + suffices) / 2;
     (cutter.ends_within(middle * kPayloadAlignment, count).empty() ? too_small : suffices) = middle;

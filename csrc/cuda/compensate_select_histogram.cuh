@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kThreads, kAgain ? 2 : 3) histogram_kernel(Dev
     const TileSource<gradient_t> source(a, tile);
     const uint32_t tile_state = kAgain ? plan.tile_states[t] : 0;
     if (kAgain && (tile_state & kReadAll) == 0 && source.residual != nullptr) { // put back what the filter took out
-#pragma unroll 1                                                                // rarely run
-      for (int c = threadIdx.x; c < static_cast<int>(tile_state); c += kThreads) {
+#pragma unroll 1
+      for (int c = threadIdx.x; c < static_cast<int>(tile_state); c += kThreads) { // rarely run
         const float value = plan.slot_values[tile.slot + c];
         if (key_of(value) >= state.mid) source.residual[plan.slot_indices[tile.slot + c]] = value;
       }
