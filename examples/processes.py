@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def joined(options: argparse.Namespace) -> Iterator[Processes]:
             "train.py: --backend nccl needs CUDA devices; use --backend gloo or --device cuda"
         )
     if backend == "nccl" and options.compress:
-        # Payloads go through host memory until compressed_ddp has a CUDA engine: a group for both.
+        # A build without the CUDA stages sends payloads through host memory: a group for both.
         distributed.init_process_group("cpu:gloo,cuda:nccl")
     else:
         distributed.init_process_group(backend, device_id=device if backend == "nccl" else None)
@@ -97,6 +98,9 @@ def joined(options: argparse.Namespace) -> Iterator[Processes]:
         )
     finally:
         distributed.destroy_process_group()
+        # Under DDP that leaves Gloo's threads running, and one that still holds the last collective's tensors ends the process
+        # with SIGABRT when it asks for the GIL of an interpreter that is shutting down (pytorch issue 190489). So it gets the GIL now.
+        time.sleep(0.1)
 
 
 def _device(options: argparse.Namespace, local_rank: int) -> torch.device:
