@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import contracts
@@ -49,7 +49,14 @@ from test_failures import VICTIM, Survived, assert_says, failing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from compressed_ddp import TopKEFState, all_reduce_, all_reduce_gradients, topk_ef_hook
+from compressed_ddp import (
+    AutoExchange,
+    ExchangeCosts,
+    TopKEFState,
+    all_reduce_,
+    all_reduce_gradients,
+    topk_ef_hook,
+)
 from compressed_ddp._native import _C
 
 SEGMENTS = [4300, 60, 1700, 9, 130]  # those of 60 and 9 are shorter than min_compress_numel
@@ -59,7 +66,9 @@ DENSE_TYPES = {
     "dense_bf16": torch.bfloat16,
     "dense_fp16": torch.float16,
 }
-EXCHANGES = ["allgather", "split", "hierarchical", "dense", *DENSE_TYPES]
+EXCHANGES = ["allgather", "split", "hierarchical", "dense", *DENSE_TYPES, "auto"]
+# Bytes cost, and nothing else does: a bucket that is all dense part travels dense, any other one sparse.
+BYTES_COST = ExchangeCosts(1e-12, 1e-8, 1e-18, 1e-18, 1e-18)
 WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3, 4], ids="ranks={}".format)
 
 
@@ -415,6 +424,8 @@ def case_of(
     }
     if exchange == "hierarchical":
         state["ranks_per_node"] = 3 if world_size == 3 else 2
+    if exchange == "auto":
+        state["exchange"] = AutoExchange(costs=BYTES_COST)
     return Case(entry, CELL_STEPS, dtypes=dict.fromkeys(SHAPES, dtype), state=state)
 
 
@@ -470,21 +481,53 @@ def check_cell(records: list[Record], case: Case) -> None:
                 assert_same_bits(tensor, first[name], f"replicas of {name}")
     exchange = case.state["exchange"]
     if exchange == "hierarchical":
-        return assert_equals_hierarchical_oracle(records, case)
-    if not exchange.startswith("dense"):
+        assert_equals_hierarchical_oracle(records, case)
+    elif isinstance(exchange, AutoExchange):
+        check_auto(records, case)
+    elif exchange.startswith("dense"):
+        for record in records:
+            assert record.residuals == {}
+        assert_are_means(records, case, case.shapes, DENSE_TYPES.get(exchange))
+    else:
         assert_equals_oracle(records, case)
-        return
+
+
+def assert_are_means(
+    records: list[Record], case: Case, names: Iterable[str], sent_as: torch.dtype | None
+) -> None:
     for record in records:
-        assert record.residuals == {}
         for step, gradients in enumerate(record.gradients):
             given = [case.gradients(rank, step) for rank in range(len(records))]
-            for name, tensor in gradients.items():
+            for name in names:
+                tensor = gradients[name]
                 mean = sum(g[name].double() for g in given) / len(records)
-                sent_as = DENSE_TYPES.get(exchange, tensor.dtype)
-                eps = max(torch.finfo(tensor.dtype).eps, torch.finfo(sent_as).eps)
+                eps = max(torch.finfo(tensor.dtype).eps, torch.finfo(sent_as or tensor.dtype).eps)
                 torch.testing.assert_close(
                     tensor.double(), mean, rtol=4 * eps, atol=16 * eps, msg=name
                 )
+
+
+def check_auto(records: list[Record], case: Case) -> None:
+    """Tensors that all_reduce_ sends by themselves and that no selection is made from travel dense; the others as with allgather."""
+    oracle = Oracle(case, len(records))
+    dense = {name for name in case.shapes if not oracle.is_compressed(name)}
+    if case.entry != "all_reduce_":
+        dense = set()  # each of them shares a bucket with others
+    assert_are_means(records, case, dense, None)
+    for record in records:
+        for metrics in record.metrics:
+            assert (metrics["compressed_ddp/bytes_sent_all_reduce"] > 0) == bool(dense)
+            assert metrics["compressed_ddp/bytes_sent_all_gather"] > 0
+        record.gradients = [
+            {name: tensor for name, tensor in of_step.items() if name not in dense}
+            for of_step in record.gradients
+        ]
+        record.buckets = [
+            [names for names in of_step if not dense.intersection(names)]
+            for of_step in record.buckets
+        ]
+    shapes = {name: shape for name, shape in case.shapes.items() if name not in dense}
+    assert_equals_oracle(records, dataclasses.replace(case, shapes=shapes))
 
 
 def hierarchical_steps(
