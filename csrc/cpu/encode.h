@@ -48,7 +48,7 @@ void encode_scales(const Layout& layout, const EncodeSelectedArguments& argument
       const Group& group = layout.groups[static_cast<size_t>(g)];
       if (group.k > kPieceNumel) continue;
       ExponentSums sums{};
-      add_magnitudes(arguments.values + group.entry_offset, group.k, sums);
+      best_encode().add_magnitudes(arguments.values + group.entry_offset, group.k, sums);
       encode_scale(layout, arguments, g, sums);
     }
   });
@@ -59,7 +59,7 @@ void encode_scales(const Layout& layout, const EncodeSelectedArguments& argument
     parallel_for(kParts, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         const int64_t from = group.k * p / kParts, to = group.k * (p + 1) / kParts;
-        add_magnitudes(arguments.values + group.entry_offset + from, to - from, parts[static_cast<size_t>(p)]);
+        best_encode().add_magnitudes(arguments.values + group.entry_offset + from, to - from, parts[static_cast<size_t>(p)]);
       }
     });
     for (size_t p = 1; p < parts.size(); ++p)

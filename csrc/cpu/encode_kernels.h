@@ -4,12 +4,16 @@
 // Sums are taken in eight lanes, value i in lane i % 8, and added as ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)).
 #pragma once
 
+#include <array>
 #include <bit>
 #include <cstdint>
 
 #include "float_types.h"
 
 namespace compressed_ddp {
+
+// Magnitudes added as whole numbers, one sum per exponent: parts of a group may be added in any order.
+using ExponentSums = std::array<uint64_t, 256>;
 
 struct HighWord {
   int64_t at;
@@ -30,6 +34,8 @@ struct EncodeKernels {
   void (*signs)(const float* values, int64_t count, uint32_t* words);
   // lost[i] and its sum as above, of values that are decoded as `scale` with their sign.
   double (*lost_by_signs)(const float* values, int64_t count, float scale, float* lost);
+  // sums[e] += the significands, as whole numbers, of the values with the biased exponent e, Inf and NaN (255) among them.
+  void (*add_magnitudes)(const float* values, int64_t count, ExponentSums& sums);
 };
 
 extern const EncodeKernels kPortableEncode;
@@ -55,6 +61,12 @@ static inline float lost_of(float value, float decoded) {
 
 static inline float scale_with_sign_of(float scale, float value) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(scale) ^ (std::bit_cast<uint32_t>(value) & 0x80000000u));
+}
+
+static inline void add_magnitude(float value, ExponentSums& sums) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t exponent = bits >> 23 & 0xffu;
+  sums[exponent] += (bits & 0x7fffffu) | static_cast<uint32_t>(exponent != 0) << 23;
 }
 
 static inline int64_t high_bit(int32_t index, int64_t entry) { return (static_cast<uint32_t>(index) >> 8) + entry; }

@@ -1,6 +1,8 @@
 // The loops of encode in AVX2, eight entries at a time.
 #include <immintrin.h>
 
+#include <algorithm>
+
 #include "encode_kernels.h"
 
 namespace compressed_ddp {
@@ -138,8 +140,39 @@ double lost_by_signs(const float* values, int64_t count, float scale, float* los
   return sum_of_lanes(lane);
 }
 
+// Selected values are the largest, and so they share a few exponents: kBinades sums in registers, the first one below the exponent of
+// the first value of a round. Values outside go one by one.
+void add_magnitudes(const float* values, int64_t count, ExponentSums& sums) {
+  constexpr int kBinades = 4;
+  constexpr int64_t kRound = 255 * kLanes; // significands are below 2^24: a lane holds 256
+  const __m256i exponent_mask = _mm256_set1_epi32(0xff), fraction_mask = _mm256_set1_epi32(0x7fffff);
+  const __m256i implicit_one = _mm256_set1_epi32(0x800000), beyond = _mm256_set1_epi32(~(kBinades - 1)), zero = _mm256_setzero_si256();
+  int64_t i = 0;
+  while (i + kLanes <= count) {
+    const int first = static_cast<int>(std::bit_cast<uint32_t>(values[i]) >> 23 & 0xffu);
+    const int base = std::clamp(first - 1, 1, static_cast<int>(sums.size()) - kBinades); // of normal numbers: they have the implicit one
+    __m256i lanes[kBinades] = {zero, zero, zero, zero};
+    for (const int64_t end = std::min(i + kRound, count); i + kLanes <= end; i += kLanes) {
+      const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(values + i));
+      const __m256i binade = _mm256_sub_epi32(_mm256_and_si256(_mm256_srli_epi32(bits, 23), exponent_mask), _mm256_set1_epi32(base));
+      const __m256i significand = _mm256_or_si256(_mm256_and_si256(bits, fraction_mask), implicit_one);
+      for (int b = 0; b < kBinades; ++b)
+        lanes[b] = _mm256_add_epi32(lanes[b], _mm256_and_si256(significand, _mm256_cmpeq_epi32(binade, _mm256_set1_epi32(b))));
+      const __m256i inside = _mm256_cmpeq_epi32(_mm256_and_si256(binade, beyond), zero);
+      auto outside = static_cast<unsigned>(~_mm256_movemask_ps(_mm256_castsi256_ps(inside))) & 0xffu;
+      for (; outside != 0; outside &= outside - 1) add_magnitude(values[i + std::countr_zero(outside)], sums);
+    }
+    for (int b = 0; b < kBinades; ++b) {
+      alignas(32) uint32_t lane[kLanes];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(lane), lanes[b]);
+      for (const uint32_t sum : lane) sums[static_cast<size_t>(base + b)] += sum;
+    }
+  }
+  for (; i < count; ++i) add_magnitude(values[i], sums);
+}
+
 } // namespace
 
-const EncodeKernels kAvx2Encode = {high_bits, bfloat16, signs, lost_by_signs};
+const EncodeKernels kAvx2Encode = {high_bits, bfloat16, signs, lost_by_signs, add_magnitudes};
 
 } // namespace compressed_ddp

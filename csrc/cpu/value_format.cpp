@@ -32,23 +32,6 @@ uint32_t canonical_bits(float value) {
 
 } // namespace
 
-void add_magnitudes(const float* values, int64_t count, ExponentSums& sums) {
-  // Selected values share a few exponents. Four tables in turn: an addition need not wait for the one just before.
-  constexpr int64_t kTables = 4;
-  std::array<ExponentSums, kTables> tables{};
-  const auto add = [&](int64_t i, ExponentSums& table) {
-    const uint32_t bits = std::bit_cast<uint32_t>(values[i]);
-    const uint32_t exponent = bits >> 23 & 0xffu;
-    table[exponent] += (bits & 0x7fffffu) | static_cast<uint32_t>(exponent != 0) << 23;
-  };
-  int64_t i = 0;
-  for (; i + kTables <= count; i += kTables)
-    for (int64_t t = 0; t < kTables; ++t) add(i + t, tables[static_cast<size_t>(t)]);
-  for (; i < count; ++i) add(i, tables[0]);
-  for (const ExponentSums& table : tables)
-    for (size_t e = 0; e < kExponents; ++e) sums[e] += table[e];
-}
-
 float sign_scale(const ExponentSums& sums, int64_t count) {
   std::array<double, kPartials> partial{};
   for (size_t p = 0; p < kPartials; ++p)

@@ -14,13 +14,10 @@
 
 #include "../wire_format.h"
 #include "elias_fano.h"
+#include "encode_kernels.h"
 #include "float_types.h"
 
 namespace compressed_ddp {
-
-// Magnitudes added as whole numbers, one sum per exponent: parts of a group may be added in any order.
-using ExponentSums = std::array<uint64_t, 256>;
-void add_magnitudes(const float* values, int64_t count, ExponentSums& sums);
 
 // The scale of a group of `count` values: their mean magnitude, Inf and NaN counting as 0. The sums are added in one fixed order
 // (docs/wire_format.md): the same bits wherever it is computed.

@@ -88,6 +88,34 @@ TEST(EncodeKernels, SignsAreTheSameBitsInEveryKernel) {
   }
 }
 
+TEST(EncodeKernels, MagnitudesAreTheSameSumsInEveryKernel) {
+  constexpr uint64_t kSeed = 4;
+  SCOPED_TRACE("seed " + std::to_string(kSeed));
+  Random random(kSeed);
+  const std::vector<float> sources[] = {
+      difficult_values(5000, random),
+      std::vector<float>(5000, float_of(0x3fffffffu)), // the largest significand: a lane holds 255 of them and no more than 256
+      std::vector<float>(5000, float_of(0x007fffffu)), // denormal
+      std::vector<float>(5000, float_of(0xff7fffffu)), // the largest magnitude
+      std::vector<float>(5000, float_of(0x7fffffffu)), // NaN
+  };
+  for (const std::vector<float>& values : sources)
+    for (const int64_t count : {0, 1, 7, 8, 9, 100, 2039, 2040, 2041, 2047, 2048, 2049, 4080, 4999, 5000}) {
+      ExponentSums expected{};
+      expected[3] = 11; // what is there stays
+      for (int64_t i = 0; i < count; ++i) {
+        const uint32_t magnitude = bits_of(values[static_cast<size_t>(i)]) & 0x7fffffffu;
+        expected[magnitude >> 23] += magnitude < 0x800000u ? magnitude : (magnitude & 0x7fffffu) + 0x800000u;
+      }
+      for (const EncodeKernels* kernels : all_kernels()) {
+        ExponentSums found{};
+        found[3] = 11;
+        kernels->add_magnitudes(values.data(), count, found);
+        EXPECT_EQ(found, expected) << count;
+      }
+    }
+}
+
 TEST(EncodeKernels, HighBitsAreWrittenBetweenTheEndsOfAPieceAndNowhereElse) {
   constexpr uint64_t kSeed = 3;
   SCOPED_TRACE("seed " + std::to_string(kSeed));
