@@ -205,6 +205,24 @@ def test_a_selection_that_was_refused_halfway_leaves_a_workspace_for_the_next_on
     assert refused == [f"compensate_select_{stage}" for stage in stages]
 
 
+def refused_on_one_rank(rank: int, world_size: int) -> list[str]:
+    state = TopKEFState(**OPTIONS)
+    all_reduce_(gradient(rank, 0), state, name="w")
+    if rank == 1:
+        Runtime().refuse_launch(3)
+    lost = [gradient(rank, 1), gradient(rank, 2)]  # as above
+    messages = [message_of(lambda one=one: all_reduce_(one, state, name="w")) for one in lost]
+    state.state_dict()  # waits for the stream, which reads them
+    return messages
+
+
+def test_a_selection_that_was_refused_on_one_rank_lets_no_later_collective_meet_its_peers() -> None:
+    waited, refused = ranks.run(2, refused_on_one_rank, group_timeout_s=3)
+    assert "compensate_select_" in refused[0]
+    assert "an earlier exchange has failed on this rank" in refused[1]
+    assert all("another rank has died or is stalled" in message for message in waited)
+
+
 def refused_decode(rank: int, world_size: int) -> tuple[list[str], Tensor, Tensor]:
     state, messages = TopKEFState(**OPTIONS), []
     all_reduce_(gradient(rank, 0), state, name="w")
