@@ -77,6 +77,12 @@ ExchangeKind Engine::dense_kind() const {
   return options_.exchange == ExchangeKind::kAuto ? options_.automatic.dense : options_.exchange.value_or(ExchangeKind::kDense);
 }
 
+void Engine::check_ranks_per_node(int64_t count, int64_t world_size) {
+  TORCH_CHECK_VALUE(count > 0 && world_size % count == 0, "TopKEFState: exchange='hierarchical' needs as many ranks on each node, but ",
+                    count, " ranks per node do not divide the world size ", world_size,
+                    "; pass another ranks_per_node, or exchange='split'");
+}
+
 void Engine::set_process_group(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const std::lock_guard lock(mutex_);
   process_group_ = c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group);
@@ -416,6 +422,8 @@ void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& pr
   std::memcpy(records.data(), all.const_data_ptr<uint8_t>(), records.size() * sizeof record);
   const std::string disagreement = describe_disagreement(records);
   TORCH_CHECK(disagreement.empty(), "compressed_ddp: ", disagreement);
+  // Not before the ranks have compared it: one that raises by itself lets the others wait.
+  if (options_.ranks_per_node > 0) check_ranks_per_node(options_.ranks_per_node, record.world_size);
   agreed_.insert(bucket->identity_hash());
   agreed_step_ = step_;
 }

@@ -184,6 +184,7 @@ class Engine {
   Groups make_groups(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group, bool one_for_each, c10::DeviceType device_type);
   ExchangeKind exchange_kind(int64_t world_size) const; // of payloads
   ExchangeKind dense_kind() const;                      // of buckets that are dense behind the dense steps
+  static void check_ranks_per_node(int64_t count, int64_t world_size);
   bool travels_dense(const std::shared_ptr<Bucket>& bucket, const Request& request,
                      const c10::intrusive_ptr<c10d::ProcessGroup>& process_group);
   ExchangeKind choose(const std::shared_ptr<Bucket>& bucket, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group,

@@ -181,9 +181,7 @@ Engine::Groups Engine::make_groups(const c10::intrusive_ptr<c10d::ProcessGroup>&
   if (ranks_per_node_ == 0) {
     TORCH_CHECK(options_.ranks_per_node > 0 || options_.find_ranks_per_node, "compressed_ddp: the number of ranks per node is not known");
     const int64_t count = options_.ranks_per_node > 0 ? options_.ranks_per_node : options_.find_ranks_per_node(process_group);
-    TORCH_CHECK_VALUE(count > 0 && world_size % count == 0, "TopKEFState: exchange='hierarchical' needs as many ranks on each node, but ",
-                      count, " ranks per node do not divide the world size ", world_size,
-                      "; pass another ranks_per_node, or exchange='split'");
+    check_ranks_per_node(count, world_size);
     residuals_.set_shard({rank % count, count});
     ranks_per_node_ = count;
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 import weakref
@@ -42,8 +43,11 @@ class ExchangeCosts:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(f"ExchangeCosts: {name} must be a positive number, got {value!r}")
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
+                raise ValueError(
+                    f"ExchangeCosts: {name} must be a positive, finite number of seconds, got {value!r}"
+                )
 
     def as_tuple(self) -> tuple[float, float, float, float, float]:
         """All of them in this order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -221,7 +222,8 @@ def test_parameters_with_residuals_never_become_dense(pools: ranks.Pools) -> Non
         (lambda: AutoExchange(sparse="hierarchical"), "sparse must be None or one of"),
         (lambda: AutoExchange(dense="fp16"), "dense must be one of"),
         (lambda: AutoExchange(costs=(1.0,)), "costs must be None or ExchangeCosts"),
-        (lambda: ExchangeCosts(0.0, 1.0, 1.0, 1.0, 1.0), "latency_s must be a positive number"),
+        (lambda: ExchangeCosts(0.0, 1.0, 1.0, 1.0, 1.0), "latency_s must be a positive, finite"),
+        (lambda: ExchangeCosts(1.0, math.inf, 1.0, 1.0, 1.0), "byte_s must be a positive, finite"),
         (lambda: ExchangeCosts(1.0, float("nan"), 1.0, 1.0, 1.0), "byte_s must be a positive"),
         (lambda: ExchangeCosts(1.0, 1.0, True, 1.0, 1.0), "select_entry_s must be a positive"),
     ],

@@ -674,6 +674,36 @@ def test_one_non_finite_value_makes_the_whole_bucket_nan_on_every_rank_and_is_un
         assert all(g.isfinite().all() for g in of_rank[BAD_STEP + 1][0].values())
 
 
+def reduce_to_overflow(rank: int, world_size: int, options: dict[str, Any]) -> list[Tensor]:
+    state = TopKEFState(density=0.01, dense_steps=0, value_format="fp32", **options)
+    tensor = gradient("normal", 5, rank, 0, 2000)
+    tensor[700] = 3e38
+    given = tensor.clone()
+    result = all_reduce_(tensor, state, name="w")
+    return [result, given, state.state_dict()["residuals"]["w"]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exchange": "allgather"},
+        {"exchange": "split"},
+        {"exchange": "hierarchical", "ranks_per_node": 2},
+    ],
+    ids=lambda options: options["exchange"],
+)
+def test_finite_gradients_whose_sum_overflows_make_a_bad_step(
+    pools: ranks.Pools, options: dict[str, Any]
+) -> None:
+    for result, given, residual in pools.run(2, reduce_to_overflow, options):
+        if options["exchange"] == "allgather":
+            assert result[700].isinf() and result.isinf().sum() == 1 and not result.isnan().any()
+        else:  # the average, or the node's, is sent once more
+            assert result.isnan().all()
+        if options["exchange"] != "hierarchical":  # whose node has no finite mean to keep
+            assert torch.equal(residual, given)
+
+
 def test_a_non_finite_value_in_the_range_of_any_of_three_owners_reaches_all_of_them(
     pools: ranks.Pools,
 ) -> None:

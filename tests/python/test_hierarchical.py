@@ -509,9 +509,11 @@ def test_ranks_per_node_is_checked(
         TopKEFState(**options)
 
 
-def reduce_in_nodes_of(rank: int, world_size: int, counts: list[int | None]) -> str:
+def reduce_in_nodes_of(
+    rank: int, world_size: int, counts: list[int | None], dense_steps: int = 0
+) -> str:
     state = TopKEFState(
-        density=0.1, dense_steps=0, exchange="hierarchical", ranks_per_node=counts[rank]
+        density=0.1, dense_steps=dense_steps, exchange="hierarchical", ranks_per_node=counts[rank]
     )
     try:
         all_reduce_(torch.ones(2000), state, name="w")
@@ -521,8 +523,9 @@ def reduce_in_nodes_of(rank: int, world_size: int, counts: list[int | None]) -> 
 
 
 def test_nodes_that_do_not_divide_the_world_size_are_refused(pools: ranks.Pools) -> None:
-    for message in pools.run(3, reduce_in_nodes_of, [2, 2, 2]):
-        assert "2 ranks per node do not divide the world size 3" in message
+    for dense_steps in (0, 2):  # in the first step, even if it needs no nodes yet
+        for message in pools.run(3, reduce_in_nodes_of, [2, 2, 2], dense_steps):
+            assert "2 ranks per node do not divide the world size 3" in message
 
 
 def test_ranks_with_other_nodes_disagree_in_words(pools: ranks.Pools) -> None:
