@@ -94,6 +94,13 @@ std::vector<BucketRange> Bucket::cut(const Parts& of, int64_t count, double dens
   return ranges;
 }
 
+int64_t Bucket::payload_bytes_of(const Parts& of, ExchangeKind kind, int64_t members, double density) const {
+  if (kind != ExchangeKind::kSplit) return of.numel == 0 ? 0 : payload_bytes(make_range(of, 0, of.numel, density).layout);
+  int64_t bytes = 0;
+  for (const BucketRange& range : cut(of, members, density)) bytes += range.numel() == 0 ? 0 : payload_bytes(range.layout);
+  return bytes;
+}
+
 void Bucket::point_at_residuals(const Parts& of, BucketRange& range, ResidualStore& residuals, c10::Device device) const {
   size_t p = 0;
   for (size_t s = 0; s < range.entries.size(); ++s) {
@@ -155,18 +162,20 @@ std::unique_ptr<Exchange> Bucket::make_hierarchical(const Plan& plan, ResidualSt
   Dealt dealt;
   dealt.num_entries = static_cast<int64_t>(key_.entries.size()) + (key_.presence_numel > 0);
   dealt.numel = numel();
+  const Node node{plan.rank - index, {index, count}};
+  const ExchangeKind between = default_exchange(nodes);
   Parts own;
+  int64_t node_payload_bytes = 0;
   for (int64_t l = 0; l < count; ++l) {
     Parts parts = shard_of({l, count}, &dealt);
     dealt.numels.push_back(parts.numel);
+    node_payload_bytes += payload_bytes_of(parts, between, nodes, plan.density);
     if (l == index) own = std::move(parts);
   }
-  const Node node{plan.rank - index, {index, count}};
-  const ExchangeKind between = default_exchange(nodes);
   const Members owners{plan.rank / count, nodes, {index, count}};
   std::unique_ptr<Exchange> exchange;
   if (own.numel > 0) exchange = make_exchange(own, between, owners, {GradientType::kFloat32, key_.type}, plan, residuals, maker);
-  return make_hierarchical_exchange(dealt, node, std::move(exchange), num_collectives(between), key_.type, maker);
+  return make_hierarchical_exchange(dealt, node, std::move(exchange), num_collectives(between), node_payload_bytes, key_.type, maker);
 }
 
 // ---- steps

@@ -116,6 +116,7 @@ class Bucket {
 
   BucketRange make_range(const Parts& of, int64_t begin, int64_t end, double density) const;
   std::vector<BucketRange> cut(const Parts& of, int64_t count, double density) const;
+  int64_t payload_bytes_of(const Parts& of, ExchangeKind kind, int64_t members, double density) const;
   void point_at_residuals(const Parts& of, BucketRange& range, ResidualStore& residuals, c10::Device device) const;
   // The parts of one of `count` shards; also where they lie in the bucket, if `dealt` is given.
   Parts shard_of(const Shard& shard, Dealt* dealt) const;

@@ -52,9 +52,11 @@ bool runs_on_device([[maybe_unused]] const at::Tensor& buffer) {
 
 std::exception_ptr failed_exchange(const Engine::Place& place, const std::exception& error, bool refused) {
   const std::string text = text_of(error);
-  const char* advice = !refused ? ". Usually another rank has died or is stalled beyond the process group's timeout: look for the first "
-                                  "error in the other ranks' logs. "
-                       : text.find(kRefusedWords) != std::string::npos // not that rank's fault
+  const auto says = [&](const char* words) { return text.find(words) != std::string::npos; };
+  const char* advice = says(kLostOrderWords) ? ": this rank's first error says why. "
+                       : !refused ? ". Usually another rank has died or is stalled beyond the process group's timeout: look for the first "
+                                    "error in the other ranks' logs. "
+                       : says(kRefusedWords) // not that rank's fault
                            ? ". "
                            : ". That rank loaded another checkpoint, was reset or rolled forward alone, or runs another version. ";
   return std::make_exception_ptr(
@@ -272,6 +274,7 @@ void Engine::reduce(Request& request) {
 #endif
   begin_step_if_repeated(request);
 #if COMPRESSED_DDP_CUDA
+  if (!report.empty() && process_group->getSize() > 1) order_is_lost_ = true; // the other ranks hear of it at other buckets
   TORCH_CHECK(report.empty(), report);
 #endif
   if (order_is_lost_)
@@ -291,6 +294,7 @@ bool Engine::travels_dense(const std::shared_ptr<Bucket>& bucket, const Request&
   if (is_dense_step()) return true;
   if (options_.exchange != ExchangeKind::kAuto) return false;
   agree(bucket, *process_group, request.buffer.device()); // before anything that only some ranks might take part in
+  const Unsent unsent(order_is_lost_, process_group->getSize());
   return is_dense(choose(bucket, process_group, request.buffer.device()));
 }
 
@@ -325,6 +329,22 @@ void Engine::mark_failed(const Request& request) {
   if (independent || !step_begun_) return; // its own bucket, if it came so far, has been marked
   const std::lock_guard lock(progress_->mutex);
   progress_->step_is_bad = true;
+}
+
+void Engine::mark_failed(Bucket& bucket) {
+  const std::lock_guard lock(progress_->mutex);
+  bucket.failed = true;
+  progress_->step_is_bad = progress_->step_is_bad || !bucket.is_independent();
+}
+
+// Selects and encodes. Behind note_sparse: should it stop halfway, what it has taken comes back.
+void Engine::begin(Bucket& bucket, const Request& request) {
+  try {
+    bucket.begin(request.buffer, request.unused, step_);
+  } catch (...) {
+    mark_failed(bucket);
+    throw;
+  }
 }
 
 std::shared_ptr<Bucket> Engine::find_bucket(const Request& request) const {

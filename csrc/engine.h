@@ -176,6 +176,8 @@ class Engine {
     int exceptions_;
   };
   void note_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);
+  void begin(Bucket& bucket, const Request& request);
+  void mark_failed(Bucket& bucket); // what this step has taken out of its residual goes back
   void note_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);
   struct Run; // engine_exchange.cpp
   void start(std::shared_ptr<Run> run, const Request& request);

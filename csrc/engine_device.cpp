@@ -88,22 +88,17 @@ void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
   const int64_t world_size = process_group->getSize();
   const int rank = process_group->getRank();
   agree(bucket, *process_group, request.buffer.device());
+  const Unsent unsent(order_is_lost_, world_size);
   const Groups& of_collective = groups(process_group, *bucket, request.buffer.device().type());
   const Bucket::Plan plan = plan_of(*process_group, density_of_current_step());
   TORCH_CHECK(!bucket->captured || bucket->is_prepared(plan),
               "compressed_ddp: a CUDA graph holds the buffers of the bucket that begins with '", bucket->name(),
               "', but they would have to change for another world size; use a new TopKEFState, and capture again");
   give_report(*bucket, request.buffer.device());
-  const Unsent unsent(order_is_lost_, world_size);
   if (!bucket->is_prepared(plan))
     bucket->prepare(plan, residuals_, stages_on_device(request.buffer.device(), bucket->key().type, bucket->report));
-  note_sparse(bucket, request, world_size); // first, so that what it selects comes back should it stop halfway
-  bucket->begin(request.buffer, request.unused, step_);
-  const auto mark = [&] {
-    const std::lock_guard lock(progress_->mutex);
-    bucket->failed = true;
-    progress_->step_is_bad = progress_->step_is_bad || !bucket->is_independent();
-  };
+  note_sparse(bucket, request, world_size);
+  begin(*bucket, request);
   at::Tensor buffer = request.buffer;
   Exchange& exchange = bucket->exchange();
   for (int collective = 0; collective < exchange.num_collectives(); ++collective) {
@@ -116,13 +111,13 @@ void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
         if (const WorkPtr work = exchange.start(collective, *group)) work->wait();
       });
     } catch (const std::exception& error) {
-      mark();
+      mark_failed(*bucket);
       std::rethrow_exception(failed_exchange({bucket, step_, rank, static_cast<int>(world_size)}, error));
     }
     try {
       exchange.finish(collective, buffer);
     } catch (...) {
-      mark();
+      mark_failed(*bucket);
       throw;
     }
   }
@@ -147,9 +142,9 @@ StageMaker Engine::stages_on_device(c10::Device device, GradientType type, const
 
 void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group) {
   agree(bucket, process_group, request.buffer.device());
+  const Unsent unsent(order_is_lost_, process_group.getSize());
   at::Tensor buffer = request.buffer;
   const bool beside_sparse = !is_dense_step(); // engine_exchange.cpp
-  const Unsent unsent(order_is_lost_, process_group.getSize());
   if (beside_sparse) give_report(*bucket, buffer.device());
   try {
     device_stream_->run([&] {

@@ -218,12 +218,12 @@ void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request&
                            const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const int64_t world_size = process_group->getSize(), rank = process_group->getRank();
   agree(bucket, *process_group, at::kCPU);
+  const Unsent unsent(order_is_lost_, world_size);
   const Groups of_collective = groups(process_group, *bucket, at::kCPU);
   const Bucket::Plan how = plan_of(*process_group, density_of_current_step());
-  const Unsent unsent(order_is_lost_, world_size);
   if (!bucket->is_prepared(how)) bucket->prepare(how, residuals_, stages_on_cpu(how.kind));
-  note_sparse(bucket, request, world_size); // first, so that what it selects comes back should it stop halfway
-  bucket->begin(request.buffer, request.unused, step_);
+  note_sparse(bucket, request, world_size);
+  begin(*bucket, request);
 
   auto run = std::make_shared<Run>();
   run->place = {bucket, step_, static_cast<int>(rank), static_cast<int>(world_size)};
@@ -246,8 +246,8 @@ void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& 
                           const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   const int64_t world_size = process_group->getSize();
   agree(bucket, *process_group, at::kCPU);
-  at::Tensor buffer = request.buffer;
   const Unsent unsent(order_is_lost_, world_size);
+  at::Tensor buffer = request.buffer;
   note_dense(bucket, request, world_size);
   at::Tensor sent =
       buffer.div_(world_size).to(dense_type(bucket->key().type)); // before the sum, so that fp16 does not overflow; often buffer itself
@@ -282,7 +282,10 @@ at::ScalarType Engine::dense_type(GradientType type) const {
 // Devices without an engine of their own: through host memory, and done when the hook returns.
 void Engine::reduce_through_host(const Request& request, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group) {
   Request host = request;
-  host.buffer = request.buffer.to(at::kCPU);
+  {
+    const Unsent unsent(order_is_lost_, process_group->getSize());
+    host.buffer = request.buffer.to(at::kCPU);
+  }
   host.result = c10::IValue(host.buffer);
   host.future = c10::make_intrusive<Future>(c10::TensorType::get());
   const std::shared_ptr<Bucket> bucket = bucket_of(host);
@@ -304,9 +307,7 @@ void Engine::note_sparse(const std::shared_ptr<Bucket>& bucket, const Request& r
   bucket->last.step = step_;
   bucket->last.dense = false;
   bucket->last.gradient_bytes = static_cast<double>(gradient_bytes);
-  // Of hierarchical a payload is that of a shard: the gradient's is as many times larger as there are shards.
-  const int64_t shards = exchange_kind(world_size) == ExchangeKind::kHierarchical ? ranks_per_node_ : 1;
-  bucket->last.payload_bytes = static_cast<double>(shards * bucket->exchange().payload_bytes());
+  bucket->last.payload_bytes = static_cast<double>(bucket->exchange().payload_bytes());
   bucket->last.dense_bytes = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
   bucket->last.bytes_sent = bucket->exchange().sent_bytes();
   step_buckets_.push_back(bucket);

@@ -55,7 +55,7 @@ class Exchange {
   virtual void restore(const uint32_t* condition) = 0;
   virtual void forget_sent() = 0;
 
-  virtual int64_t payload_bytes() const = 0; // that this rank encodes of its gradient
+  virtual int64_t payload_bytes() const = 0; // that are encoded of this rank's gradient, or of its node's
   virtual SentBytes sent_bytes() const = 0;
   virtual const std::vector<std::unique_ptr<Stages>>& stages() const = 0; // that select from the gradient: of these the statistics are
   virtual const StageSums& sums() const { return sums_; }                 // CPU: of the last step, as far as it has come
@@ -108,7 +108,8 @@ std::unique_ptr<Exchange> make_split_exchange(std::vector<BucketRange> ranges, c
 // between: the exchange of this rank's shard with the ranks of other nodes that own the same, of `between_collectives` collectives; nullptr
 // when the shard is empty, on all of them. Its gradient is fp32, its result of `type`.
 std::unique_ptr<Exchange> make_hierarchical_exchange(const Dealt& dealt, const Node& node, std::unique_ptr<Exchange> between,
-                                                     int between_collectives, GradientType type, const StageMaker& maker);
+                                                     int between_collectives, int64_t node_payload_bytes, GradientType type,
+                                                     const StageMaker& maker);
 
 // Uninitialised bytes on a device.
 at::Tensor bytes_on(c10::Device device, int64_t bytes);

@@ -23,9 +23,12 @@ namespace {
 
 class HierarchicalExchange final : public Exchange {
  public:
-  HierarchicalExchange(std::unique_ptr<ShardStages> shards, std::unique_ptr<Exchange> between, int between_collectives, int64_t index,
-                       GradientType type, const StageMaker& maker)
-      : shards_(std::move(shards)), between_(std::move(between)), between_collectives_(between_collectives) {
+  HierarchicalExchange(std::unique_ptr<ShardStages> shards, std::unique_ptr<Exchange> between, int between_collectives,
+                       int64_t node_payload_bytes, int64_t index, GradientType type, const StageMaker& maker)
+      : shards_(std::move(shards)),
+        between_(std::move(between)),
+        between_collectives_(between_collectives),
+        node_payload_bytes_(node_payload_bytes) {
     const auto gradients = at::TensorOptions().dtype(scalar_type(type)).device(maker.device);
     const int64_t own = shards_->own_message_numel(), count = shards_->count();
     int64_t sent = 0;
@@ -88,7 +91,7 @@ class HierarchicalExchange final : public Exchange {
     if (has_begun_) between_->forget_sent();
   }
 
-  int64_t payload_bytes() const override { return between_ == nullptr ? 0 : between_->payload_bytes(); }
+  int64_t payload_bytes() const override { return node_payload_bytes_; }
   SentBytes sent_bytes() const override {
     SentBytes sent = between_ == nullptr ? SentBytes{} : between_->sent_bytes();
     sent.in_node = static_cast<double>((sent_.numel() - shards_->own_message_numel()) * sent_.element_size()) +
@@ -109,6 +112,7 @@ class HierarchicalExchange final : public Exchange {
   std::unique_ptr<ShardStages> shards_;
   std::unique_ptr<Exchange> between_;
   int between_collectives_;
+  int64_t node_payload_bytes_;
   int64_t step_ = -1;
   bool is_bad_ = false;
   bool has_begun_ = false; // the exchange between nodes, in this step: before it, nothing of the residual was touched
@@ -123,9 +127,10 @@ class HierarchicalExchange final : public Exchange {
 } // namespace
 
 std::unique_ptr<Exchange> make_hierarchical_exchange(const Dealt& dealt, const Node& node, std::unique_ptr<Exchange> between,
-                                                     int between_collectives, GradientType type, const StageMaker& maker) {
-  return std::make_unique<HierarchicalExchange>(maker.deal(dealt, node, type), std::move(between), between_collectives, node.shard.index,
-                                                type, maker);
+                                                     int between_collectives, int64_t node_payload_bytes, GradientType type,
+                                                     const StageMaker& maker) {
+  return std::make_unique<HierarchicalExchange>(maker.deal(dealt, node, type), std::move(between), between_collectives, node_payload_bytes,
+                                                node.shard.index, type, maker);
 }
 
 } // namespace compressed_ddp

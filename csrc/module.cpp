@@ -219,7 +219,7 @@ PYBIND11_MODULE(_C, m) {
              const release_gil released;
              engine.bind(named);
            })
-      .def("is_bound", &Engine::is_bound)
+      .def("is_bound", &Engine::is_bound, py::call_guard<release_gil>())
       .def("reduce_bucket",
            [](Engine& engine, c10d::GradBucket& bucket) {
              c10::IValue result = python_result(bucket.getBuffer());
@@ -299,7 +299,7 @@ PYBIND11_MODULE(_C, m) {
              }
              return metrics_dict(metrics);
            })
-      .def("has_compressed", &Engine::has_compressed)
+      .def("has_compressed", &Engine::has_compressed, py::call_guard<release_gil>())
       .def("is_compressed", &Engine::is_compressed, py::call_guard<release_gil>());
 
   m.def(

@@ -26,7 +26,7 @@ StageSums StagesCpu::compensate_select_and_encode(const void* gradient, Gradient
     for (size_t s = 0; s < of_segments.size(); ++s) of_segments[s] = unused.presence[range_.entries[s]] == 0;
   const auto selected_numel = static_cast<size_t>(layout().selected_numel);
   Entries& entries = scratch_->selected;
-  if (entries.indices.size() < selected_numel) {
+  if (entries.values.size() < selected_numel) { // the one that comes last, should there be no memory for it
     entries.indices.resize(selected_numel);
     entries.values.resize(selected_numel);
   }

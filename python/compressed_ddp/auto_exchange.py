@@ -108,7 +108,7 @@ def measure_costs(
     measured_before = _measured.setdefault(process_group, {})
     what = (device.type, density, value_format)
     known = [measured_before.get(what)]
-    dist.broadcast_object_list(known, group=process_group, group_src=0)
+    dist.broadcast_object_list(known, group=process_group, group_src=0, device=device)
     costs = known[0] or _measure_costs(process_group, device, density, value_format)
     measured_before[what] = costs
     return costs

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import secrets
 import socket
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,9 @@ from torch.distributed import distributed_c10d
 from . import auto_exchange
 
 _logger = logging.getLogger("compressed_ddp")
+_naming = threading.Lock()
+_names: dict[int, str] = {}  # by thread, of the groups that are being made
+_torchs_own: list[Any] = []  # what names groups else, while ours stands in its place
 
 
 class ExchangeGroups:
@@ -48,6 +53,14 @@ class ExchangeGroups:
             dist.broadcast_object_list(tokens, group=process_group, group_src=0)
             self._token = tokens[0]
         members = [of_world[rank] for rank in ranks]
+        in_this_order: dict[str, Any] = {"sort_ranks": False}
+        if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
+            in_this_order = {}
+            if members != sorted(members):
+                raise RuntimeError(
+                    f"the ranks of the process group are {of_world} of the world, and this torch makes groups in ascending order only; "
+                    "pass such a group, or exchange='allgather'"
+                )
         name = f"compressed_ddp_{self._token}_{len(self._groups)}_{members[0]}"
         with _group_name(name):
             group = dist.new_group(
@@ -56,6 +69,7 @@ class ExchangeGroups:
                 timeout=backend.options._timeout,
                 use_local_synchronization=True,
                 group_desc="compressed_ddp",
+                **in_this_order,
             )
         assert isinstance(group, dist.ProcessGroup)
         self._groups.append(group)
@@ -114,8 +128,25 @@ def _group_name(name: str) -> Iterator[None]:
     if not hasattr(distributed_c10d, "_process_group_name"):
         yield  # of a torch to come: its own name
         return
-    with mock.patch.object(distributed_c10d, "_process_group_name", return_value=name):
+    thread = threading.get_ident()
+    with _naming:  # not while the group is made: ranks may make two in threads, in either order
+        if not _names:
+            _torchs_own[:] = [distributed_c10d._process_group_name]
+            distributed_c10d._process_group_name = _process_group_name
+        _names[thread] = name
+    try:
         yield
+    finally:
+        with _naming:
+            del _names[thread]
+            if not _names:
+                distributed_c10d._process_group_name = _torchs_own[0]
+
+
+def _process_group_name(*arguments: Any, **options: Any) -> Any:
+    """For groups that other threads make meanwhile, torch's own."""
+    name = _names.get(threading.get_ident())
+    return _torchs_own[0](*arguments, **options) if name is None else name
 
 
 def ranks_per_node_of(nodes: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import pytest
 import ranks
@@ -349,6 +350,28 @@ def let_the_density_look_at_its_state(rank, world_size):
         int(all_reduce_(torch.arange(1000.0) + 1, state, name="w").count_nonzero())
         for _ in range(2)
     ]
+
+
+def look_from_another_thread(rank, world_size):
+    """AdamW's look at a state, while the hook of that state waits for the GIL."""
+    asked, looked = threading.Event(), threading.Event()
+
+    def density(step: int) -> float:
+        asked.set()
+        looked.wait(0.3)  # without the GIL; nobody sets it
+        return 0.1
+
+    state = TopKEFState(density=density, dense_steps=0)
+    hook = threading.Thread(target=lambda: all_reduce_(torch.ones(5000), state, name="w"))
+    hook.start()
+    assert asked.wait(10)
+    seen = [state._engine.has_compressed(), state._engine.is_bound()]
+    hook.join()
+    return seen
+
+
+def test_another_thread_may_look_at_a_state_whose_hook_waits_for_the_gil():
+    assert ranks.run(1, look_from_another_thread) == [[True, False]]
 
 
 def test_a_callable_density_may_ask_its_state():

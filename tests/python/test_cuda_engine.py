@@ -163,14 +163,16 @@ def damaged_under_a_name(rank: int, world_size: int) -> tuple[list[str], Tensor]
     messages = [
         message_of(lambda: all_reduce_(gradient(rank, 2), state, name="w")),
         message_of(state.metrics),
+        message_of(lambda: all_reduce_(gradient(rank, 3), state, name="w")),
     ]
     return messages, state.state_dict()["residuals"]["w"] - before - gradient(rank, 1)
 
 
 def test_a_damaged_payload_is_raised_once_by_the_next_all_reduce_of_the_same_name() -> None:
-    (first, second), lost = ranks.run(2, damaged_under_a_name)[0]
+    (first, second, third), lost = ranks.run(2, damaged_under_a_name)[0]
     assert "an earlier payload of rank 1" in first
     assert second == ""
+    assert "an earlier exchange has failed on this rank" in third  # others hear at other calls
     assert not lost.any()
 
 
@@ -205,6 +207,23 @@ def test_a_selection_that_was_refused_halfway_leaves_a_workspace_for_the_next_on
     assert refused == [f"compensate_select_{stage}" for stage in stages]
 
 
+def refused_in_the_second_range(rank: int, world_size: int) -> tuple[str, Tensor, Tensor]:
+    state = TopKEFState(**OPTIONS, exchange="split")
+    all_reduce_(gradient(rank, 0), state, name="w")
+    before = state.state_dict()["residuals"]["w"]
+    Runtime().refuse_launch(6)  # the first of the second range
+    lost = gradient(rank, 1)
+    message = message_of(lambda: all_reduce_(lost, state, name="w"))
+    return message, before + gradient(rank, 1), state.state_dict()["residuals"]["w"]
+
+
+def test_what_the_first_range_had_sent_comes_back_when_the_second_one_is_refused() -> None:
+    for message, expected, residual in ranks.run(2, refused_in_the_second_range):
+        assert "compensate_select_small" in message
+        first_range = NUMEL // 2 - 64  # less than that
+        assert torch.equal(residual.view(-1)[:first_range], expected.view(-1)[:first_range])
+
+
 def refused_on_one_rank(rank: int, world_size: int) -> list[str]:
     state = TopKEFState(**OPTIONS)
     all_reduce_(gradient(rank, 0), state, name="w")
@@ -220,7 +239,8 @@ def test_a_selection_that_was_refused_on_one_rank_lets_no_later_collective_meet_
     waited, refused = ranks.run(2, refused_on_one_rank, group_timeout_s=3)
     assert "compensate_select_" in refused[0]
     assert "an earlier exchange has failed on this rank" in refused[1]
-    assert all("another rank has died or is stalled" in message for message in waited)
+    assert "another rank has died or is stalled" in waited[0]
+    assert "an earlier exchange has failed on this rank" in waited[1]
 
 
 def refused_decode(rank: int, world_size: int) -> tuple[list[str], Tensor, Tensor]:

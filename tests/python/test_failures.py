@@ -175,6 +175,30 @@ def test_a_bucket_that_never_started_lets_no_later_one_meet_its_peers(exchange: 
         assert_says(message, "another rank has died or is stalled", "on rank 0 of 2")
 
 
+def reduce_without_costs(rank: int, world_size: int) -> list[str]:
+    state = TopKEFState(density=0.01, dense_steps=0, exchange="auto")
+    if rank == VICTIM:
+
+        def fails(*_: object) -> None:
+            raise MemoryError("no room to measure")
+
+        state._groups.measure_costs = fails
+    tensors = [torch.ones(50_000), torch.ones(5000)]
+    return [
+        failing(lambda n=n, one=one: all_reduce_(one, state, name=f"w{n}"))[0]
+        for n, one in enumerate(tensors)
+    ]
+
+
+def test_a_rank_that_cannot_measure_for_auto_lets_no_later_bucket_meet_its_peers() -> None:
+    waited, failed = ranks.run(2, reduce_without_costs, group_timeout_s=3)
+    assert_says(failed[0], "could not be measured", "no room to measure")
+    assert_says(failed[1], "an earlier exchange has failed on this rank", "first error says why")
+    assert "another rank" not in failed[1]
+    assert_says(waited[0], "could not be measured")
+    assert_says(waited[1], "an earlier exchange has failed on this rank")
+
+
 def train_beside_a_stalled_peer(
     rank: int, world_size: int, case: Case, stalled_s: float
 ) -> Survived:

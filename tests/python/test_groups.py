@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import inspect
+import threading
+import time
 
 import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from compressed_ddp import AutoExchange, TopKEFState, all_reduce_
 
@@ -64,6 +68,55 @@ def test_an_exchange_finds_its_peers_where_ranks_have_made_unequally_many_groups
 ) -> None:
     for total in ranks.run(4, reduce_behind_uneven_groups, exchange, group_timeout_s=10):
         assert_a_tenth_was_sent(total, 1)
+
+
+def reduce_in_another_order(rank: int, world_size: int, exchange: str) -> list[torch.Tensor]:
+    group = dist.new_group([2, 0, 3, 1], sort_ranks=False)
+    assert dist.get_group_rank(group, rank) == [1, 3, 0, 2][rank]
+    state, averages = state_with(exchange, group), []
+    for step in range(2):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        values = torch.randint(-50, 51, (4096,), generator=generator).float()
+        averages.append(all_reduce_(values, state, name="w"))
+    return averages
+
+
+@pytest.mark.skipif(
+    "sort_ranks" not in inspect.signature(dist.new_group).parameters,
+    reason="this torch makes groups in ascending order only",
+)
+@exchanges_with_groups
+def test_a_group_may_have_its_ranks_in_any_order(exchange: str) -> None:
+    by_rank = ranks.run(4, reduce_in_another_order, exchange, group_timeout_s=10)
+    for averages in by_rank[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(averages, by_rank[0]))
+    assert all(average.any() for average in by_rank[0])
+
+
+def reduce_in_two_threads(rank: int, world_size: int) -> tuple[list[float], bool]:
+    groups = [dist.new_group([0, 1]), dist.new_group([0, 1])]
+    torchs_own = distributed_c10d._process_group_name
+    sums: list[float] = [0.0, 0.0]
+
+    def reduce(index: int) -> None:
+        if index != rank:
+            time.sleep(0.5)  # the ranks make the two groups in different orders
+        state = state_with("split", groups[index])
+        sums[index] = all_reduce_(torch.ones(4096), state, name="w").sum().item()
+
+    threads = [threading.Thread(target=reduce, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sums, distributed_c10d._process_group_name is torchs_own
+
+
+def test_two_states_may_make_their_groups_in_two_threads() -> None:
+    for sums, is_restored in ranks.run(2, reduce_in_two_threads, group_timeout_s=10):
+        for total in sums:
+            assert_a_tenth_was_sent(total, 1)
+        assert is_restored
 
 
 def wait_without_the_state(rank: int, world_size: int, exchange: str) -> list[float]:

@@ -42,6 +42,7 @@ from test_failures import VICTIM, failing
 from torch import Tensor
 
 from compressed_ddp import TopKEFState, all_reduce_, all_reduce_gradients
+from compressed_ddp._native import _C
 from compressed_ddp.groups import ranks_per_node_of
 
 # (world_size, ranks_per_node)
@@ -163,8 +164,6 @@ def test_above_16_nodes_the_shards_travel_by_split(seed: int) -> None:
 def test_bytes_are_those_of_the_layouts_inside_a_node_and_between_nodes(
     pools: ranks.Pools, nodes: tuple[int, int], value_format: str, dtype: torch.dtype, seed: int
 ) -> None:
-    from compressed_ddp._native import _C
-
     world_size, ranks_per_node = nodes
     run = Run(
         "normal",
@@ -208,6 +207,29 @@ def test_norms_are_those_of_the_shard(pools: ranks.Pools, seed: int) -> None:
             assert metrics["compressed_ddp/gradient_norm"] == pytest.approx(norm, rel=1e-5)
             kept = of_step.after.double().norm().item()
             assert metrics["compressed_ddp/residual_norm"] == pytest.approx(kept, rel=1e-5)
+
+
+def reduce_small(rank: int, world_size: int, numel: int) -> dict[str, float]:
+    state = TopKEFState(density=0.05, dense_steps=0, exchange="hierarchical", ranks_per_node=2)
+    all_reduce_(torch.ones(numel), state, name="w")
+    return state.metrics()
+
+
+@pytest.mark.parametrize("numel", [8, 2012])
+def test_the_compression_ratio_is_that_of_the_whole_node(pools: ranks.Pools, numel: int) -> None:
+    """Borders of shards are multiples of 8 entries: of 8 the first rank has none."""
+    shards = [contracts.shard_of(numel, index, 2) for index in range(2)]
+    numels = [shard.stop - shard.start for shard in shards]
+    payload_bytes = 0
+    for shard_numel in numels:
+        if numel < 1024 and shard_numel:
+            payload_bytes += _C.payload_bytes([shard_numel], [-1], [], "bf16")
+        elif shard_numel:
+            k = _C.selection_k(0.05, shard_numel)
+            payload_bytes += _C.payload_bytes([shard_numel], [0], [k], "bf16")
+    assert numels[0] != numels[1]
+    for metrics in pools.run(4, reduce_small, numel):
+        assert metrics["compressed_ddp/compression_ratio"] == 4 * numel / payload_bytes
 
 
 # ---- DDP
