@@ -161,12 +161,14 @@ class Engine {
   void settle_device_now();
   void read_device_statistics();
 #endif
-  // From here on the other ranks wait for this bucket's collectives: if an exception comes first, no later one may begin on this rank.
+  // From here on the other ranks wait for this bucket's collectives: if an exception comes before all_begun, no later one may begin on this
+  // rank.
   class Unsent {
    public:
     Unsent(bool& order_is_lost, int64_t world_size)
         : order_is_lost_(order_is_lost), has_peers_(world_size > 1), exceptions_(std::uncaught_exceptions()) {}
     ~Unsent() { order_is_lost_ = order_is_lost_ || (has_peers_ && std::uncaught_exceptions() > exceptions_); }
+    void all_begun() { has_peers_ = false; } // none waits any more
     Unsent(const Unsent&) = delete;
     Unsent& operator=(const Unsent&) = delete;
 

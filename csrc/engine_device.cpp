@@ -88,7 +88,7 @@ void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
   const int64_t world_size = process_group->getSize();
   const int rank = process_group->getRank();
   agree(bucket, *process_group, request.buffer.device());
-  const Unsent unsent(order_is_lost_, world_size);
+  Unsent unsent(order_is_lost_, world_size);
   const Groups& of_collective = groups(process_group, *bucket, request.buffer.device().type());
   const Bucket::Plan plan = plan_of(*process_group, density_of_current_step());
   TORCH_CHECK(!bucket->captured || bucket->is_prepared(plan),
@@ -101,23 +101,30 @@ void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
   begin(*bucket, request);
   at::Tensor buffer = request.buffer;
   Exchange& exchange = bucket->exchange();
+  const auto begun = std::make_shared<int>(0);
+  const auto fail = [&] {
+    if (*begun == exchange.num_collectives()) unsent.all_begun();
+    mark_failed(*bucket);
+  };
   for (int collective = 0; collective < exchange.num_collectives(); ++collective) {
     try {
       // NCCL: only the stream waits.
       // By value: the tests without a GPU run it again in every replay of a graph.
-      stream.run([&exchange, collective, of = of_collective[static_cast<size_t>(collective)]] {
+      stream.run([&exchange, collective, begun, of = of_collective[static_cast<size_t>(collective)]] {
         const c10::intrusive_ptr<c10d::ProcessGroup> group = of.lock();
         TORCH_CHECK(group, "the process group is gone");
-        if (const WorkPtr work = exchange.start(collective, *group)) work->wait();
+        const WorkPtr work = exchange.start(collective, *group);
+        *begun = collective + 1;
+        if (work) work->wait();
       });
     } catch (const std::exception& error) {
-      mark_failed(*bucket);
+      fail();
       std::rethrow_exception(failed_exchange({bucket, step_, rank, static_cast<int>(world_size)}, error));
     }
     try {
       exchange.finish(collective, buffer);
     } catch (...) {
-      mark_failed(*bucket);
+      fail();
       throw;
     }
   }
@@ -142,7 +149,7 @@ StageMaker Engine::stages_on_device(c10::Device device, GradientType type, const
 
 void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Request& request, c10d::ProcessGroup& process_group) {
   agree(bucket, process_group, request.buffer.device());
-  const Unsent unsent(order_is_lost_, process_group.getSize());
+  Unsent unsent(order_is_lost_, process_group.getSize());
   at::Tensor buffer = request.buffer;
   const bool beside_sparse = !is_dense_step(); // engine_exchange.cpp
   if (beside_sparse) give_report(*bucket, buffer.device());
@@ -151,7 +158,9 @@ void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Reques
       note_dense(bucket, request, process_group.getSize());
       at::Tensor sent =
           buffer.div_(process_group.getSize()).to(dense_type(bucket->key().type)); // before the sum, so that fp16 does not overflow
-      start_all_reduce(process_group, sent)->wait();
+      const WorkPtr work = start_all_reduce(process_group, sent);
+      unsent.all_begun();
+      work->wait();
       if (!sent.is_same(buffer)) buffer.copy_(sent);
       if (!beside_sparse) return;
       const at::Tensor bad = at::isfinite(buffer).all().logical_not().to(at::kInt).reshape({1});

@@ -21,13 +21,15 @@ namespace compressed_ddp {
 
 struct SentBytes { // of one step of one bucket, by this rank; what it keeps for itself is not counted
   double all_gather = 0, all_to_all = 0, all_reduce = 0;
-  double in_node = 0; // by hierarchical, to ranks of the same node; the others are between nodes then
-  double sum() const { return all_gather + all_to_all + all_reduce; }
+  double in_node_all_to_all = 0, in_node_all_gather = 0; // by hierarchical, to ranks of the same node; the others are between nodes then
+  double sum() const { return all_gather + all_to_all + all_reduce; } // on the network
+  double in_node() const { return in_node_all_to_all + in_node_all_gather; }
   SentBytes& operator+=(const SentBytes& other) {
     all_gather += other.all_gather;
     all_to_all += other.all_to_all;
     all_reduce += other.all_reduce;
-    in_node += other.in_node;
+    in_node_all_to_all += other.in_node_all_to_all;
+    in_node_all_gather += other.in_node_all_gather;
     return *this;
   }
 };

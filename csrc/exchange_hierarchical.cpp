@@ -94,8 +94,8 @@ class HierarchicalExchange final : public Exchange {
   int64_t payload_bytes() const override { return node_payload_bytes_; }
   SentBytes sent_bytes() const override {
     SentBytes sent = between_ == nullptr ? SentBytes{} : between_->sent_bytes();
-    sent.in_node = static_cast<double>((sent_.numel() - shards_->own_message_numel()) * sent_.element_size()) +
-                   all_gather_sent_bytes(shards_->count(), shards_->slot_bytes());
+    sent.in_node_all_to_all = static_cast<double>((sent_.numel() - shards_->own_message_numel()) * sent_.element_size());
+    sent.in_node_all_gather = all_gather_sent_bytes(shards_->count(), shards_->slot_bytes());
     return sent;
   }
   const std::vector<std::unique_ptr<Stages>>& stages() const override { return between_ == nullptr ? no_stages_ : between_->stages(); }

@@ -138,7 +138,9 @@ py::dict metrics_dict(const Metrics& m) {
   d["compressed_ddp/bytes_sent_all_to_all"] = m.bytes_sent.all_to_all;
   d["compressed_ddp/bytes_sent_all_reduce"] = m.bytes_sent.all_reduce;
   d["compressed_ddp/bytes_sent_agreement"] = m.agreement_bytes;
-  d["compressed_ddp/bytes_sent_in_node"] = m.bytes_sent.in_node;
+  d["compressed_ddp/bytes_sent_in_node"] = m.bytes_sent.in_node();
+  d["compressed_ddp/bytes_sent_in_node_all_to_all"] = m.bytes_sent.in_node_all_to_all;
+  d["compressed_ddp/bytes_sent_in_node_all_gather"] = m.bytes_sent.in_node_all_gather;
   d["compressed_ddp/dense_bytes"] = m.dense_bytes;
   d["compressed_ddp/compression_ratio"] = m.payload_bytes > 0 ? m.gradient_bytes / m.payload_bytes : std::nan("");
   d["compressed_ddp/wire_ratio"] = bytes_sent > 0 ? m.dense_bytes / bytes_sent : std::nan("");

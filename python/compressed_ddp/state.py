@@ -378,7 +378,8 @@ class TopKEFState:
 
         `compressed_ddp/` + `bytes_sent` (put on the network by this rank; of it `bytes_sent_all_gather`, `bytes_sent_all_to_all` and
         `bytes_sent_all_reduce` in the collectives of gradients, `bytes_sent_agreement` in comparisons of the ranks),
-        `bytes_sent_in_node` (not counted there: with exchange="hierarchical", to the ranks of the same node),
+        `bytes_sent_in_node` (not counted there: with exchange="hierarchical", to the ranks of the same node; of it
+        `bytes_sent_in_node_all_to_all` gradients and `bytes_sent_in_node_all_gather` averages),
         `dense_bytes` (what a ring all-reduce in the gradient's dtype would have put there), `compression_ratio` (gradient bytes /
         payload bytes), `wire_ratio` (dense_bytes / bytes_sent; nan when nothing was sent), `gradient_norm`, `residual_norm`,
         `captured_energy` (share of the squared norm of gradient + residual that left the residual), `step` (number of steps

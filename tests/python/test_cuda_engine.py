@@ -239,8 +239,7 @@ def test_a_selection_that_was_refused_on_one_rank_lets_no_later_collective_meet_
     waited, refused = ranks.run(2, refused_on_one_rank, group_timeout_s=3)
     assert "compensate_select_" in refused[0]
     assert "an earlier exchange has failed on this rank" in refused[1]
-    assert "another rank has died or is stalled" in waited[0]
-    assert "an earlier exchange has failed on this rank" in waited[1]
+    assert all("another rank has died or is stalled" in message for message in waited)
 
 
 def refused_decode(rank: int, world_size: int) -> tuple[list[str], Tensor, Tensor]:

@@ -1222,6 +1222,8 @@ def test_figures_of_dense(pools: ranks.Pools, world_size: int, seed: int) -> Non
                 "bytes_sent_all_reduce": ring,
                 "bytes_sent_agreement": agreement,
                 "bytes_sent_in_node": 0,
+                "bytes_sent_in_node_all_to_all": 0,
+                "bytes_sent_in_node_all_gather": 0,
             }
             metrics = of_step.metrics
             assert metrics["compressed_ddp/dense_bytes"] == ring
@@ -1289,6 +1291,8 @@ def test_bytes_sent_are_those_of_the_layouts(
                 **expected,
                 "bytes_sent": sum(expected.values()),
                 "bytes_sent_in_node": 0,
+                "bytes_sent_in_node_all_to_all": 0,
+                "bytes_sent_in_node_all_gather": 0,
             }
             ratio = sum(SEGMENTS) * 4 / sum(of_range)
             assert of_step.metrics["compressed_ddp/compression_ratio"] == ratio

@@ -191,6 +191,8 @@ def test_bytes_are_those_of_the_layouts_inside_a_node_and_between_nodes(
                 "bytes_sent_all_reduce": 0,
                 "bytes_sent_agreement": agreement,
                 "bytes_sent_in_node": size * sum(others) + (ranks_per_node - 1) * slot,
+                "bytes_sent_in_node_all_to_all": size * sum(others),
+                "bytes_sent_in_node_all_gather": (ranks_per_node - 1) * slot,
             }
 
 

@@ -19,7 +19,7 @@ KEYS = {
     f"compressed_ddp/{key}"
     for key in (
         "bytes_sent", "bytes_sent_all_gather", "bytes_sent_all_to_all", "bytes_sent_all_reduce", "bytes_sent_agreement",
-        "bytes_sent_in_node",
+        "bytes_sent_in_node", "bytes_sent_in_node_all_to_all", "bytes_sent_in_node_all_gather",
         "dense_bytes", "compression_ratio", "wire_ratio", "residual_norm", "gradient_norm", "captured_energy", "step",
     )
 }  # fmt: skip
