@@ -24,6 +24,14 @@ Bucket::Bucket(BucketKey key, Scope scope, ValueFormat value_format, int64_t min
     const int64_t numbers[] = {static_cast<int64_t>(part.entry), part.numel, part.dense};
     structure_hash_ = hash_bytes(numbers, sizeof numbers, structure_hash_);
   }
+  for (const EntryPtr& entry : key_.entries) { // of another shape, or order in memory, an entry is another number on another rank
+    const int64_t dims = static_cast<int64_t>(entry->sizes.size());
+    structure_hash_ = hash_bytes(&dims, sizeof dims, structure_hash_);
+    for (size_t d = 0; d < entry->sizes.size(); ++d) {
+      const int64_t numbers[] = {entry->sizes[d], entry->sizes[d] == 1 ? 0 : entry->strides[d]};
+      structure_hash_ = hash_bytes(numbers, sizeof numbers, structure_hash_);
+    }
+  }
   identity_hash_ = structure_hash_;
   for (const EntryPtr& entry : key_.entries) { // neither changes when names become known later, or a state is loaded
     if (entry->parameter.has_value())

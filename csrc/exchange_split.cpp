@@ -135,7 +135,8 @@ class SplitExchange final : public Exchange {
     owner_->compensate_select_and_encode(sum_.const_data_ptr(), GradientType::kFloat32, all_used, members_.self(step_),
                                          average_.data_ptr<uint8_t>());
     if (!lost_.defined()) return;
-    own().add_lost(average_.const_data_ptr<uint8_t>(), lost_.const_data_ptr<float>(), count_factor(), types_.result, nullptr);
+    sums_.residual_sq +=
+        own().add_lost(average_.const_data_ptr<uint8_t>(), lost_.const_data_ptr<float>(), count_factor(), types_.result, nullptr);
     has_added_lost_ = true;
   }
 
@@ -153,12 +154,12 @@ class SplitExchange final : public Exchange {
       if (stages_[o] != nullptr) bad = stages_[o]->decode_apply(received_from(o), part_of(gradient, o), types_.result) || bad;
     const auto count = static_cast<int64_t>(std::find(bytes_.begin(), bytes_.end(), 0) - bytes_.begin()); // empty ranges come last
     bad = nan_if_flagged_(gathered_.const_data_ptr<uint8_t>(), stride_, count, gradient.mutable_data_ptr(), numel_, types_.result) || bad;
-    double returned_sq = 0;
+    double grown_sq = 0;
     for (size_t o = 0; o < stages_.size(); ++o)
       if (stages_[o] != nullptr && stages_[o]->has_residuals())
-        returned_sq += stages_[o]->return_dropped(payload_for(o), part_of(gradient, o), types_.result);
-    sums_.residual_sq += returned_sq;                           // it is no longer sent
-    sums_.sent_sq = std::max(0.0, sums_.sent_sq - returned_sq); // when all of it comes back, rounding may leave less than nothing
+        grown_sq += stages_[o]->return_dropped(payload_for(o), part_of(gradient, o), types_.result);
+    sums_.residual_sq += grown_sq;                           // it is no longer sent
+    sums_.sent_sq = std::max(0.0, sums_.sent_sq - grown_sq); // when all of it comes back, rounding may leave less than nothing
     return bad;
   }
 

@@ -63,12 +63,12 @@ class Stages {
   virtual void check(const Received& received) = 0;
   virtual bool decode_apply(const Received& received, void* bucket, GradientType type) = 0;
 
-  // Entries of the payload that `bucket`, the result, does not hold go back to the residual (cpu/return_dropped.h). Returns their sum of
-  // squares (on a device: 0).
+  // Entries of the payload that `bucket`, the result, does not hold go back to the residual (cpu/return_dropped.h). Returns by how much
+  // the squares of the residual have grown (on a device: 0).
   virtual double return_dropped(const uint8_t* payload, const void* bucket, GradientType type) = 0;
   // What the rounding of this range's averages lost goes to the residual, while something sent is still out (cpu/return_dropped.h).
-  // payload: of the averages; type: of the result. condition: as in restore.
-  virtual void add_lost(const uint8_t* payload, const float* lost, float factor, GradientType type, const uint32_t* condition) = 0;
+  // payload: of the averages; type: of the result. condition: as in restore. Returns the same.
+  virtual double add_lost(const uint8_t* payload, const float* lost, float factor, GradientType type, const uint32_t* condition) = 0;
 
   // What was sent last and has not come back yet goes back to the residual, once. condition: on a device, nothing happens if it points to
   // 0 then; nullptr = always.

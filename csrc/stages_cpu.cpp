@@ -67,8 +67,9 @@ double StagesCpu::return_dropped(const uint8_t* payload, const void* bucket, Gra
   return compressed_ddp::return_dropped(layout(), entries_of(payload), bucket, type, range_.residuals.data(), returned_.data());
 }
 
-void StagesCpu::add_lost(const uint8_t* payload, const float* lost, float factor, GradientType type, const uint32_t*) {
-  if (sent_) compressed_ddp::add_lost(layout(), entries_of(payload), lost, factor, type, range_.residuals.data());
+double StagesCpu::add_lost(const uint8_t* payload, const float* lost, float factor, GradientType type, const uint32_t*) {
+  if (!sent_) return 0;
+  return compressed_ddp::add_lost(layout(), entries_of(payload), lost, factor, type, range_.residuals.data());
 }
 
 void StagesCpu::clear(float* data, int64_t numel) { std::fill_n(data, numel, 0.0f); }

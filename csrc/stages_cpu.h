@@ -22,7 +22,7 @@ class StagesCpu final : public Stages {
   void check(const Received& received) override;
   bool decode_apply(const Received& received, void* bucket, GradientType type) override;
   double return_dropped(const uint8_t* payload, const void* bucket, GradientType type) override;
-  void add_lost(const uint8_t* payload, const float* lost, float factor, GradientType type, const uint32_t* condition) override;
+  double add_lost(const uint8_t* payload, const float* lost, float factor, GradientType type, const uint32_t* condition) override;
   void restore(const uint8_t* payload, const uint32_t* condition) override;
   void forget_sent() override { sent_ = false; }
   void clear(float* data, int64_t numel) override;

@@ -108,8 +108,9 @@ double StagesDevice::return_dropped(const uint8_t* payload, const void* bucket, 
   return 0;
 }
 
-void StagesDevice::add_lost(const uint8_t* payload, const float* lost, float factor, GradientType type, const uint32_t* condition) {
+double StagesDevice::add_lost(const uint8_t* payload, const float* lost, float factor, GradientType type, const uint32_t* condition) {
   cuda::add_lost(device_plan_, {payload, lost, factor, type, residuals_, condition, sent_}, stream_);
+  return 0;
 }
 
 void StagesDevice::clear(float* data, int64_t numel) {

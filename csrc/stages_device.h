@@ -24,7 +24,7 @@ class StagesDevice final : public Stages {
   void check(const Received&) override {}
   bool decode_apply(const Received& received, void* bucket, GradientType type) override;
   double return_dropped(const uint8_t* payload, const void* bucket, GradientType type) override;
-  void add_lost(const uint8_t* payload, const float* lost, float factor, GradientType type, const uint32_t* condition) override;
+  double add_lost(const uint8_t* payload, const float* lost, float factor, GradientType type, const uint32_t* condition) override;
   void clear(float* data, int64_t numel) override;
   // Once: the device knows whether something is still out, since replays of a CUDA graph send and restore without the host.
   void restore(const uint8_t* payload, const uint32_t* condition) override;

@@ -7,9 +7,9 @@ Everything in them is tensors, numbers, strings, lists and dicts, so that
 torch.load(weights_only=True) reads them. training.pt is written last: a folder without it is a
 checkpoint that was cut short, and is passed over. All machines of the run have to see DIR.
 
-Bitwise holds for compressed runs of any size (scope "tensor") and dense runs of up to two
-processes. A dense ring of three or more adds in an order that depends on DDP's buckets, and these
-begin anew with every process: there the last bit of a sum may differ.
+Bitwise holds for compressed runs of up to 16 processes (scope "tensor") and dense runs of up to
+two. DDP's buckets begin anew with every process: there a dense ring of three or more adds in another
+order, and from 17 processes on "split" selects from other ranges.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ def all_reduce_(
     Args:
         tensor: float32, float16 or bfloat16, any shape; overwritten with the average, bitwise the same on every rank.
         state: a name that comes a second time begins a new step.
-        name: identifies the tensor's residual from step to step and in checkpoints. `exempt` rules see it.
+        name: identifies the tensor's residual from step to step and in checkpoints. `exempt` rules see it. As with any collective, all
+            ranks call in the same order of names; behind the first step another order is not noticed.
         segments: numels of the tensors that lie in it one after another; each is selected from by itself under scope "tensor",
             and travels dense when it is shorter than `min_compress_numel`. Default: one segment. (The rule that 1-D
             parameters travel dense is for named parameters only.)

@@ -24,10 +24,10 @@ TEST(ReturnDropped, GivesBackWhatTheResultDoesNotHold) {
     std::vector<float> residual = zeros();
     residual[0] = 10;
     uint32_t returned = ~0u;
-    const double returned_sq =
+    const double grown_sq =
         return_dropped(kLayout, kEntries, result.data(), type, segment_pointers(kLayout, residual.data()).data(), &returned);
     EXPECT_EQ(returned, 0b01101u);
-    EXPECT_EQ(returned_sq, 1.0 + 9 + 16);
+    EXPECT_EQ(grown_sq, (121.0 - 100) + 9 + 16);
     std::vector<float> expected = zeros();
     expected[0] = 11, expected[5] = 3, expected[8] = 4;
     EXPECT_TRUE(same_bits(expected, residual));
@@ -55,12 +55,16 @@ TEST(AddLost, IsUndoneByTheOppositeFactor) {
   std::vector<float> lost = zeros(), residual = zeros();
   for (size_t i = 0; i < lost.size(); ++i) lost[i] = static_cast<float>(i) + 1;
   const std::vector<float*> residuals = segment_pointers(kLayout, residual.data());
-  add_lost(kLayout, averages, lost.data(), 4, GradientType::kFloat32, residuals.data());
+  residual[5] = 1;
+  EXPECT_EQ(add_lost(kLayout, averages, lost.data(), 4, GradientType::kFloat32, residuals.data()),
+            4.0 * 4 + (25.0 * 25 - 1) + 36.0 * 36 + 48.0 * 48);
   std::vector<float> expected = zeros();
-  expected[0] = 4, expected[5] = 24, expected[8] = 36, expected[11] = 48;
+  expected[0] = 4, expected[5] = 25, expected[8] = 36, expected[11] = 48;
   EXPECT_TRUE(same_bits(expected, residual));
   add_lost(kLayout, averages, lost.data(), -4, GradientType::kFloat32, residuals.data());
-  EXPECT_TRUE(same_bits(zeros(), residual));
+  expected = zeros();
+  expected[5] = 1;
+  EXPECT_TRUE(same_bits(expected, residual));
 }
 
 // Where the result is 0 in 16 bits, its senders keep everything.

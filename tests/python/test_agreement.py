@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -346,6 +347,13 @@ def two_layers(first: nn.Module, second: nn.Module) -> nn.Module:
     return nn.Sequential(first, second)
 
 
+def with_first_weight(change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """The plain model, with the same number of entries in another shape or order."""
+    model = nn.Sequential(linear(48), linear(64))
+    model[0].weight = nn.Parameter(change(model[0].weight.detach()))
+    return model
+
+
 def named_model(kind: str) -> nn.Module:
     models = {
         "plain": lambda: nn.Sequential(linear(48), linear(64)),
@@ -355,6 +363,8 @@ def named_model(kind: str) -> nn.Module:
         "other_names": lambda: nn.ModuleDict({"body": linear(48), "head": linear(64)}),
         "bf16": lambda: nn.Sequential(linear(48), linear(64)).bfloat16(),
         "half_bf16": lambda: nn.Sequential(linear(48), linear(64, dtype=torch.bfloat16)),
+        "other_shape": lambda: with_first_weight(lambda weight: weight.reshape(48, 64)),
+        "other_order": lambda: with_first_weight(lambda weight: weight.t().contiguous().t()),
         "huge": lambda: nn.Sequential(linear(48), linear(64), linear(4096, 2048)),
     }
     torch.manual_seed(0)
@@ -384,6 +394,8 @@ MODELS = {
     "other_names": r"names of the parameters in the bucket: rank 0 has \w+, rank 1 has \w+",
     "bf16": r"dtype of the gradient \(.*2 = bfloat16\): rank 0 has 0, rank 1 has 2",
     "half_bf16": "number of parameters in the bucket: rank 0 has 4, rank 1 has 2",
+    "other_shape": r"layout of the bucket: rank 0 has \w+, rank 1 has \w+",
+    "other_order": r"layout of the bucket: rank 0 has \w+, rank 1 has \w+",
     "huge": "number of parameters of the model: rank 0 has 4, rank 1 has 6",
 }
 
