@@ -274,8 +274,10 @@ void Engine::reduce(Request& request) {
 #endif
   begin_step_if_repeated(request);
 #if COMPRESSED_DDP_CUDA
-  if (!report.empty() && process_group->getSize() > 1) order_is_lost_ = true; // the other ranks hear of it at other buckets
-  TORCH_CHECK(report.empty(), report);
+  {
+    const Unsent unsent(order_is_lost_, process_group->getSize()); // the other ranks hear of it at other buckets
+    TORCH_CHECK(report.empty(), report);
+  }
 #endif
   if (order_is_lost_)
     std::rethrow_exception(failed_exchange({bucket_of(request), step_, process_group->getRank(), process_group->getSize()},

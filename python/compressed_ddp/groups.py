@@ -53,14 +53,13 @@ class ExchangeGroups:
             dist.broadcast_object_list(tokens, group=process_group, group_src=0)
             self._token = tokens[0]
         members = [of_world[rank] for rank in ranks]
-        in_this_order: dict[str, Any] = {"sort_ranks": False}
-        if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
-            in_this_order = {}
-            if members != sorted(members):
-                raise RuntimeError(
-                    f"the ranks of the process group are {of_world} of the world, and this torch makes groups in ascending order only; "
-                    "pass such a group, or exchange='allgather'"
-                )
+        keeps_order = "sort_ranks" in inspect.signature(dist.new_group).parameters
+        if not keeps_order and members != sorted(members):
+            raise RuntimeError(
+                f"the ranks of the process group are {of_world} of the world, and this torch makes groups in ascending order only; "
+                "pass such a group, or exchange='allgather'"
+            )
+        in_this_order: dict[str, Any] = {"sort_ranks": False} if keeps_order else {}
         name = f"compressed_ddp_{self._token}_{len(self._groups)}_{members[0]}"
         with _group_name(name):
             group = dist.new_group(
