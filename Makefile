@@ -22,7 +22,7 @@ native_sources = CMakeLists.txt csrc/CMakeLists.txt $(wildcard csrc/*.cmake csrc
 # The tests of the hook that run once more with the CUDA kernels in place of the CPU engine.
 stand_in_tests = $(addprefix tests/python/test_,$(addsuffix .py, \
   stand_in cuda_engine hook rollback resume failures state_dict non_finite metrics ddp_loops invariants all_reduce \
-  all_reduce_gradients agreement hierarchical training))
+  all_reduce_gradients agreement hierarchical dense_residuals training))
 
 FUZZ_SECONDS ?= 60
 COMPRESSED_DDP_REQUIRE_FUZZ ?= OFF

@@ -27,7 +27,7 @@ std::string show_value_format(int64_t value) { return name_of(static_cast<ValueF
 std::string show_exchange(int64_t value) {
   const auto name = [&](int shift) { return std::string(name_of(static_cast<ExchangeKind>(value >> shift & 255))); };
   if (value >> 8 == 0) return name(0);
-  return name(0) + " (" + name(8) + " or " + name(16) + (value >> 24 != 0 ? ", with residuals)" : ")");
+  return name(0) + " (" + name(8) + " or " + name(16) + ")";
 }
 std::string show_bool(int64_t value) { return value != 0 ? "True" : "False"; }
 std::string show_hash(uint64_t hash) {

@@ -1,6 +1,7 @@
 #include "bucket.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "ranges.h"
 
@@ -209,11 +210,27 @@ void Bucket::note_sums() {
   last.sent_sq = sums.sent_sq;
 }
 
+void Bucket::take_residuals(at::Tensor& gradient, const std::vector<uint8_t>& unused, ResidualStore& residuals) {
+  int64_t begin = 0; // of the entry, in the bucket
+  for (size_t e = 0; e < key_.entries.size(); ++e) {
+    const EntryPtr& entry = key_.entries[e];
+    const int64_t offset = std::exchange(begin, begin + entry->numel);
+    if (!entry->residual.defined() || (e < unused.size() && unused[e] != 0)) continue;
+    exchange_.reset(); // it points at them
+    residuals.ensure_residual(*entry, gradient.device());
+    gradient.narrow(0, offset, entry->numel).add_(entry->residual);
+    taken_.emplace_back(entry, std::exchange(entry->residual, at::Tensor()));
+  }
+}
+
 void Bucket::restore(const uint32_t* condition) {
+  if (condition == nullptr)
+    for (auto& [entry, residual] : std::exchange(taken_, {})) entry->residual = std::move(residual);
   if (exchange_ != nullptr && plan_.error_feedback) exchange_->restore(condition);
 }
 
 void Bucket::forget_sent() {
+  taken_.clear();
   if (exchange_ != nullptr && plan_.error_feedback) exchange_->forget_sent();
 }
 

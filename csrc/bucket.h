@@ -71,6 +71,10 @@ class Bucket {
   // exchange().begin. unused: per entry.
   void begin(const at::Tensor& gradient, const std::vector<uint8_t>& unused, int64_t step);
   void note_sums(); // what the exchange says of this step so far
+  // Dense: what this rank holds back of its parameters is added to `gradient`, and travels with it. The residuals are gone from the store
+  // until restore; forget_sent frees them.
+  void take_residuals(at::Tensor& gradient, const std::vector<uint8_t>& unused, ResidualStore& residuals);
+  bool has_taken() const { return !taken_.empty(); }
   // What was sent last comes back, once; or is spent: it reached every rank and the step counts. condition: as in Stages::restore.
   void restore(const uint32_t* condition = nullptr);
   void forget_sent();
@@ -133,6 +137,7 @@ class Bucket {
   uint64_t identity_hash_ = 0;
   Plan plan_{};
   std::unique_ptr<Exchange> exchange_;
+  std::vector<std::pair<EntryPtr, at::Tensor>> taken_; // residuals
 };
 
 } // namespace compressed_ddp

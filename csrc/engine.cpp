@@ -300,12 +300,7 @@ bool Engine::travels_dense(const std::shared_ptr<Bucket>& bucket, const Request&
   return is_dense(choose(bucket, process_group, request.buffer.device()));
 }
 
-bool Engine::has_residuals(const Bucket& bucket) const {
-  return std::any_of(bucket.key().entries.begin(), bucket.key().entries.end(),
-                     [&](const EntryPtr& entry) { return entry->residual.defined() || residuals_.is_waiting(*entry); });
-}
-
-// Once for each bucket. Of parameters that have residuals nothing travels dense: what they hold would never be sent.
+// Once for each bucket, by its size and the costs alone.
 ExchangeKind Engine::choose(const std::shared_ptr<Bucket>& bucket, const c10::intrusive_ptr<c10d::ProcessGroup>& process_group,
                             c10::Device device) {
   const auto found = choices_.find(bucket->identity_hash());
@@ -319,8 +314,7 @@ ExchangeKind Engine::choose(const std::shared_ptr<Bucket>& bucket, const c10::in
   const ExchangeKind sparse = exchange_kind(world_size);
   const int64_t dense_bytes = bucket->numel() * static_cast<int64_t>(c10::elementSize(dense_type(bucket->key().type)));
   const Prediction prediction = predict(*costs_, sparse, world_size, bucket->size(density_of_current_step(), dense_bytes));
-  const bool dense = prediction.is_dense() && !has_residuals(*bucket);
-  const ExchangeChoice choice{bucket->name(), bucket->numel(), dense ? dense_kind() : sparse, prediction};
+  const ExchangeChoice choice{bucket->name(), bucket->numel(), prediction.is_dense() ? dense_kind() : sparse, prediction};
   choices_.emplace(bucket->identity_hash(), choice);
   if (options_.note_choice) options_.note_choice(choice);
   return choice.kind;
@@ -406,8 +400,7 @@ void Engine::agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& pr
   record.scope = static_cast<int64_t>(options_.scope);
   record.value_format = static_cast<int64_t>(options_.value_format);
   record.exchange = static_cast<int64_t>(options_.exchange.value_or(exchange_kind(record.world_size)));
-  if (options_.exchange == ExchangeKind::kAuto)
-    record.exchange = auto_exchange_number(exchange_kind(record.world_size), dense_kind(), has_residuals(*bucket));
+  if (options_.exchange == ExchangeKind::kAuto) record.exchange = auto_exchange_number(exchange_kind(record.world_size), dense_kind());
   record.ranks_per_node = options_.ranks_per_node;
   if (costs_.has_value()) record.costs_hash = hash_bytes(&*costs_, sizeof *costs_);
   record.error_feedback = options_.error_feedback;

@@ -180,8 +180,11 @@ class Engine {
   void note_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);
   void begin(Bucket& bucket, const Request& request);
   void mark_failed(Bucket& bucket); // what this step has taken out of its residual goes back
+  // A dense bucket: its norm; its residuals; the gradient in the type in which it travels, which is the result.
+  at::Tensor begin_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);
   void note_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);
-  struct Run; // engine_exchange.cpp
+  bool may_come_back() const; // something that some bucket of this step sends
+  struct Run;                 // engine_exchange.cpp
   void start(std::shared_ptr<Run> run, const Request& request);
   using Groups = std::vector<c10::weak_intrusive_ptr<c10d::ProcessGroup>>; // of every collective of an exchange
   const Groups& groups(const c10::intrusive_ptr<c10d::ProcessGroup>& process_group, const Bucket& bucket, c10::DeviceType device_type);
@@ -201,8 +204,6 @@ class Engine {
   bool repeats(const Request& request) const; // it begins a new step
   std::shared_ptr<Bucket> find_bucket(const Request& request) const;
   std::shared_ptr<Bucket> bucket_of(const Request& request);
-  bool has_residuals(const Bucket& bucket) const;
-  void check_no_residual_becomes_dense(const std::vector<std::pair<std::string, at::Tensor>>& residuals) const;
   double density_of_current_step();
   void agree(const std::shared_ptr<Bucket>& bucket, c10d::ProcessGroup& process_group, c10::Device device);
   void wait_until_idle();

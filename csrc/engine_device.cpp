@@ -56,9 +56,10 @@ void Engine::check_capture(Request& request, c10d::ProcessGroup& process_group) 
   if (begins_step) {
     const std::lock_guard lock(progress_->mutex);
     for (const auto& last : step_buckets_)
-      TORCH_CHECK(!gives_back(*last),
-                  "compressed_ddp: a CUDA graph cannot begin behind a failed step, because a replay would repeat that "
-                  "what was sent comes back; run one good step before the capture");
+      TORCH_CHECK(!gives_back(*last) && !last->has_taken(),
+                  "compressed_ddp: a CUDA graph cannot begin behind a failed step, nor behind one in which a dense bucket sent its "
+                  "residuals, because a replay would repeat that what was sent comes back or is spent; run one good step before the "
+                  "capture");
   }
   bucket->captured = true;
 }
@@ -151,23 +152,24 @@ void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Reques
   agree(bucket, process_group, request.buffer.device());
   Unsent unsent(order_is_lost_, process_group.getSize());
   at::Tensor buffer = request.buffer;
-  const bool beside_sparse = !is_dense_step(); // engine_exchange.cpp
-  if (beside_sparse) give_report(*bucket, buffer.device());
+  TORCH_CHECK(!bucket->captured, "compressed_ddp: a CUDA graph holds the buffers of the bucket that begins with '", bucket->name(),
+              "', but it would have to travel dense in another process group; use a new TopKEFState, and capture again");
+  const bool looks = may_come_back();
+  if (looks) give_report(*bucket, buffer.device());
   try {
     device_stream_->run([&] {
-      note_dense(bucket, request, process_group.getSize());
-      at::Tensor sent =
-          buffer.div_(process_group.getSize()).to(dense_type(bucket->key().type)); // before the sum, so that fp16 does not overflow
+      at::Tensor sent = begin_dense(bucket, request, process_group.getSize());
       const WorkPtr work = start_all_reduce(process_group, sent);
       unsent.all_begun();
       work->wait();
       if (!sent.is_same(buffer)) buffer.copy_(sent);
-      if (!beside_sparse) return;
+      if (!looks) return;
       const at::Tensor bad = at::isfinite(buffer).all().logical_not().to(at::kInt).reshape({1});
       auto* flag = const_cast<uint32_t*>(bucket->report->step_is_bad());
       at::from_blob(flag, {1}, bad.options()).bitwise_or_(bad);
     });
   } catch (const std::exception& error) {
+    mark_failed(*bucket);
     std::rethrow_exception(failed_exchange({bucket, step_, process_group.getRank(), process_group.getSize()}, error));
   }
 }
@@ -222,7 +224,10 @@ void Engine::settle_device(bool all) {
   std::set<std::shared_ptr<DeviceReport>> reports;
   for (const auto& bucket : step_buckets_) {
     if (!bucket->key().on_device || bucket->report == nullptr) continue;
-    bucket->restore(all || gives_back(*bucket) ? nullptr : bucket->report->step_is_bad());
+    // Whether a taken residual is put back or freed is the host's doing: the step behind waits for the flag, once.
+    const bool comes_back =
+        all || gives_back(*bucket) || (bucket->has_taken() && bucket->report->read_step_is_bad(device_stream_->handle()));
+    bucket->restore(comes_back ? nullptr : bucket->report->step_is_bad());
     bucket->forget_sent();
     reports.insert(bucket->report);
   }

@@ -248,22 +248,38 @@ void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& 
   agree(bucket, *process_group, at::kCPU);
   const Unsent unsent(order_is_lost_, world_size);
   at::Tensor buffer = request.buffer;
-  note_dense(bucket, request, world_size);
-  at::Tensor sent =
-      buffer.div_(world_size).to(dense_type(bucket->key().type)); // before the sum, so that fp16 does not overflow; often buffer itself
+  at::Tensor sent = begin_dense(bucket, request, world_size);
   auto run = std::make_shared<Run>();
   run->place = {bucket, step_, process_group->getRank(), static_cast<int>(world_size)};
   run->num_collectives = 1;
   run->start = [group = c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group), sent](int) mutable {
     return start_all_reduce(*group.lock(), sent);
   };
-  // Beside sparse buckets the optimizer skips their step, too. Where all buckets are dense, nothing was sent that could come back.
-  const bool beside_sparse = !is_dense_step();
-  run->finish = [buffer, sent, beside_sparse](int) mutable {
+  run->finish = [buffer, sent, looks = may_come_back()](int) mutable {
     if (!sent.is_same(buffer)) buffer.copy_(sent);
-    return beside_sparse && !at::isfinite(buffer).all().item<bool>();
+    return looks && !at::isfinite(buffer).all().item<bool>();
   };
   start(std::move(run), request);
+}
+
+at::Tensor Engine::begin_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size) {
+  at::Tensor buffer = request.buffer;
+  note_dense(bucket, request, world_size);
+  try {
+    // Behind the dense steps: parameters that were in a sparse bucket, or that were loaded.
+    if (options_.error_feedback && step_ >= options_.dense_steps) bucket->take_residuals(buffer, request.unused, residuals_);
+    // Divided before the sum, so that fp16 does not overflow. Often the buffer itself.
+    return buffer.div_(world_size).to(dense_type(bucket->key().type));
+  } catch (...) {
+    mark_failed(*bucket);
+    throw;
+  }
+}
+
+// If not, whether the result is finite is of no importance here. A dense bucket is skipped by the optimizer together with sparse ones.
+bool Engine::may_come_back() const {
+  return !is_dense_step() || residuals_.has_residuals() ||
+         std::any_of(step_buckets_.begin(), step_buckets_.end(), [](const auto& bucket) { return bucket->has_taken(); });
 }
 
 at::ScalarType Engine::dense_type(GradientType type) const {

@@ -86,7 +86,6 @@ void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Ten
   check_not_captured("load_state_dict");
 #endif
   wait_until_idle();
-  check_no_residual_becomes_dense(residuals);
   residuals_.import_residuals(residuals, shard, places);
 #if COMPRESSED_DDP_CUDA
   clear_reports();
@@ -100,20 +99,6 @@ void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Ten
   step_begun_ = progress_->step_is_bad = false;
   agreement_bytes_ = 0;
   metrics_ = {};
-}
-
-// auto: what such a residual holds would never be sent. Another choice would be this rank's alone, if it loads alone.
-void Engine::check_no_residual_becomes_dense(const std::vector<std::pair<std::string, at::Tensor>>& residuals) const {
-  for (const auto& [first, bucket] : buckets_) {
-    const auto choice = choices_.find(bucket->identity_hash());
-    if (choice == choices_.end() || !is_dense(choice->second.kind)) continue;
-    for (const EntryPtr& entry : bucket->key().entries)
-      for (const auto& [name, residual] : residuals)
-        TORCH_CHECK_VALUE(
-            entry->name != name, "TopKEFState.load_state_dict: '", name,
-            "' travels dense (exchange='auto' has chosen so), and its residual would never be sent; load the state before the "
-            "first compressed step, or call reset() on every rank first");
-  }
 }
 
 std::optional<Shard> Engine::shard() const {

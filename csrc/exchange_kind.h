@@ -46,9 +46,8 @@ constexpr std::optional<ExchangeKind> exchange_kind_of(std::string_view name) {
 }
 
 // kAuto and what belongs to it as one number, which ranks compare.
-constexpr int64_t auto_exchange_number(ExchangeKind sparse, ExchangeKind dense, bool has_residuals) {
-  return static_cast<int64_t>(ExchangeKind::kAuto) | static_cast<int64_t>(sparse) << 8 | static_cast<int64_t>(dense) << 16 |
-         int64_t{has_residuals} << 24;
+constexpr int64_t auto_exchange_number(ExchangeKind sparse, ExchangeKind dense) {
+  return static_cast<int64_t>(ExchangeKind::kAuto) | static_cast<int64_t>(sparse) << 8 | static_cast<int64_t>(dense) << 16;
 }
 
 // Averages of whole gradients: no payload, no selection.

@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <utility>
 
 namespace compressed_ddp {
@@ -140,14 +141,17 @@ void ResidualStore::ensure_residual(Entry& entry, c10::Device device) {
   entry.residual = at::zeros({shard.numel_of(entry.numel)}, at::TensorOptions().dtype(at::kFloat).device(device));
 }
 
+bool ResidualStore::has_residuals() const {
+  const auto has = [](const auto& item) { return item.second->residual.defined(); };
+  return has_waiting() || std::any_of(by_parameter_.begin(), by_parameter_.end(), has) ||
+         std::any_of(by_name_.begin(), by_name_.end(), has);
+}
+
 void ResidualStore::set_shard(const Shard& shard) {
   shard_is_settled_ = true;
   if (shard_.value_or(Shard{}) == shard) return;
-  bool has_residuals = !waiting_.empty();
-  for (const auto& [impl, entry] : by_parameter_) has_residuals = has_residuals || entry->residual.defined();
-  for (const auto& [name, entry] : by_name_) has_residuals = has_residuals || entry->residual.defined();
   const Shard before = shard_.value_or(Shard{});
-  TORCH_CHECK_VALUE(!has_residuals, "TopKEFState: this rank keeps shard ", before.index, " of ", before.count,
+  TORCH_CHECK_VALUE(!has_residuals(), "TopKEFState: this rank keeps shard ", before.index, " of ", before.count,
                     " of the residuals, but its place in its node now asks for shard ", shard.index, " of ", shard.count,
                     "; go on with the exchange and the ranks_per_node that they were saved with, or start without residuals");
   shard_ = shard.count == 1 ? std::nullopt : std::optional(shard);

@@ -74,7 +74,7 @@ class ResidualStore {
   void import_residuals(const std::vector<std::pair<std::string, at::Tensor>>& residuals, const std::optional<Shard>& shard,
                         const std::vector<ShardPlace>& places);
   bool has_waiting() const { return !waiting_.empty(); }
-  bool is_waiting(const Entry& entry) const { return !entry.name.empty() && waiting_.contains(entry.name); }
+  bool has_residuals() const; // of any entry, waiting ones included
 
   // Which part of every parameter this rank keeps the residual of. ValueError when residuals of another part are there.
   void set_shard(const Shard& shard);

@@ -450,8 +450,8 @@ class TopKEFState:
         Residuals wait until their parameter's name is known (`bind`, `register`, or a name given to `all_reduce_`). Options are
         not taken: a difference to this state's own options is warned about, and so are residuals whose names the bound model does
         not have. A parameter without a saved residual starts at zero. With exchange="auto" the saved costs are gone by, unless others were
-        given to the constructor: so the same buckets have the same choices (with a callable density, by the step in which they come first;
-        a parameter with a residual never becomes dense).
+        given to the constructor: so the same buckets have the same choices (with a callable density, by the step in which they come first).
+        What travels dense, by a choice of "auto" or with exchange="dense", takes along the residual that its parameters still have.
 
         Raises:
             TypeError: not a dict of the types that `state_dict()` returned.

@@ -17,7 +17,6 @@ from test_exchanges import (
     WORLD_SIZES,
     gradient,
     in_pairs,
-    residual_of,
     train_from,
 )
 
@@ -188,31 +187,6 @@ def test_a_resumed_run_goes_by_the_saved_costs(pools: ranks.Pools) -> None:
                 assert_same_bits(one[name], other[name], name)
 
 
-def reduce_with_changing_costs(rank: int, world_size: int) -> tuple[str, str, torch.Tensor]:
-    """Compressed at first; then the state is loaded into one for which dense would be cheaper."""
-    slow = TopKEFState(density=DENSITY, dense_steps=0, exchange=AutoExchange(costs=SLOW_NETWORK))
-    numel = 50_000
-    total = torch.zeros(numel, dtype=torch.float64)
-    tensor = gradient("integers", 0, rank, 0, numel)
-    total -= tensor.double()
-    total += 2 * all_reduce_(tensor, slow, name="w").double() / world_size
-    fast = TopKEFState(density=DENSITY, dense_steps=0, exchange=AutoExchange(costs=FAST_NETWORK))
-    fast.load_state_dict(slow.state_dict())
-    tensor = gradient("integers", 0, rank, 1, numel)
-    total -= tensor.double()
-    total += 2 * all_reduce_(tensor, fast, name="w").double() / world_size
-    total += residual_of(fast, numel).double()
-    first, second = (state.exchange_choices()[0]["exchange"] for state in (slow, fast))
-    return first, second, total
-
-
-def test_parameters_with_residuals_never_become_dense(pools: ranks.Pools) -> None:
-    """What they hold would never be sent."""
-    outcomes = pools.run(2, reduce_with_changing_costs)
-    assert all((first, second) == ("allgather", "allgather") for first, second, _ in outcomes)
-    assert not sum(total for *_, total in outcomes).any(), "nothing is lost"
-
-
 # ---- what is refused
 
 
@@ -339,20 +313,3 @@ def test_ranks_with_other_choices_in_auto_disagree_in_words(
     exchanges = [AutoExchange(costs=SLOW_NETWORK, **changes), AutoExchange(costs=SLOW_NETWORK)]
     for message in pools.run(2, reduce_by_exchange_of_rank, exchanges):
         assert words in message
-
-
-def load_a_residual_of_a_dense_tensor(rank: int, world_size: int) -> str:
-    fast = TopKEFState(density=DENSITY, dense_steps=0, exchange=AutoExchange(costs=FAST_NETWORK))
-    slow = TopKEFState(density=DENSITY, dense_steps=0, exchange=AutoExchange(costs=SLOW_NETWORK))
-    for state in (fast, slow):
-        all_reduce_(torch.ones(50_000), state, name="w")
-    try:
-        fast.load_state_dict(slow.state_dict())
-        return ""
-    except ValueError as error:
-        return str(error)
-
-
-def test_a_residual_is_not_loaded_into_what_travels_dense(pools: ranks.Pools) -> None:
-    for message in pools.run(2, load_a_residual_of_a_dense_tensor):
-        assert "'w' travels dense" in message and "reset() on every rank" in message
