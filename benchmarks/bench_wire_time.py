@@ -16,6 +16,9 @@ All ranks share the cores of one machine: what they compute runs one after anoth
 time on P machines. So beside every time stand `cpu_ms_per_rank`, the processor time of one rank's
 process in that step (its threads in the kernel's network code included), and `line_ms`, what the bytes
 of the formula take on the link in frames of 1514 bytes. `--rates none` runs without token buckets.
+
+Of "auto" the row also says how many buckets travel sparse, and what its model predicts for a step in which
+all of them do, or none. The model takes buckets one after another, and a rank as if it had its processor for itself.
 """
 
 from __future__ import annotations
@@ -44,7 +47,18 @@ from bench_wire import (
     say,
     started,
 )
-from exchange_arms import ARMS, DENSE, EXCHANGES, FP16, POWER_SGD, make_arms, shapes_of
+from exchange_arms import (
+    ALL_GATHER,
+    ARMS,
+    AUTO,
+    DENSE,
+    EXCHANGES,
+    FP16,
+    POWER_SGD,
+    SPLIT,
+    make_arms,
+    shapes_of,
+)
 from timing import (
     RESULTS,
     goal,
@@ -101,7 +115,8 @@ def run_rank(
         for name in arms:
             samples[name].append(step(name, turn))
     sent = {name: arm.bytes_sent(world_size) for name, arm in arms.items()}
-    say({"samples": samples, "sent": sent})
+    choices = arms[AUTO].state.exchange_choices() if AUTO in arms else []
+    say({"samples": samples, "sent": sent, "choices": choices})
     sys.stdin.readline()
     dist.destroy_process_group()
 
@@ -139,9 +154,16 @@ def measure(
         if rate is not None:
             bits = 8 * sent * FRAME_BYTES / SEGMENT_BYTES
             row["line_ms"] = round(1e3 * bits / bits_per_second(rate), 2)
+        if name == AUTO:
+            choices = heard[0]["choices"]
+            sparse = sum(choice["exchange"] == ALL_GATHER for choice in choices)
+            row["sparse_buckets"] = f"{sparse} of {len(choices)}"
+            for way in ("sparse", "dense"):
+                predicted = sum(choice[f"{way}_s"] for choice in choices)
+                row[f"predicted_{way}_ms"] = round(1e3 * predicted, 2)
         rows.append(row)
     for row in rows:
-        for other in EXCHANGES:
+        for other in (ALL_GATHER, SPLIT, DENSE):
             if other in times:
                 row[f"over_{other}"] = paired_ratio(times[row["arm"]], times[other])
     return rows, times
@@ -170,7 +192,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def goals_of(times: dict[str, list[float]], rate: str) -> list[dict[str, Any]]:
     """Return how many times slower the other arms are than the exchange with the lower median."""
     best = min(
-        (name for name in EXCHANGES if name in times),
+        (name for name in (ALL_GATHER, SPLIT) if name in times),
         key=lambda name: statistics.median(times[name]),
     )
     return [
@@ -193,7 +215,7 @@ def main() -> int:
     parser.add_argument(
         "--rates", nargs="+", default=[GOAL_RATE], help="as tc spells them, or none"
     )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, AUTO), default=(*ARMS, AUTO))
     parser.add_argument("--layout", choices=["resnet50", "short"], default="resnet50")
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--warm-up", type=int, default=20, help="steps of allgather and split")

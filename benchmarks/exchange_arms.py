@@ -5,6 +5,7 @@
     PowerSGD       PyTorch's powerSGD_hook, rank 1, in one bucket (over Gloo with several buckets it aborts)
     allgather      topk_ef_hook, exchange="allgather"
     split          topk_ef_hook, exchange="split"
+    auto           topk_ef_hook, exchange="auto": each bucket by allgather or dense, as measured costs say (bench_wire_time only)
     hierarchical   topk_ef_hook, exchange="hierarchical", as if the ranks were two nodes (bench_wire only: here all links are alike)
 
 The buckets are DDP's own: a hook catches them in the second backward pass, when DDP has rebuilt them. A
@@ -27,9 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 import compressed_ddp
 
 DENSE, FP16, POWER_SGD, ALL_GATHER, SPLIT = "dense", "fp16", "PowerSGD", "allgather", "split"
-HIERARCHICAL = "hierarchical"
+HIERARCHICAL, AUTO = "hierarchical", "auto"
 ARMS = (DENSE, FP16, POWER_SGD, ALL_GATHER, SPLIT)
-EXCHANGES = (ALL_GATHER, SPLIT, HIERARCHICAL)  # those of this package
+EXCHANGES = (ALL_GATHER, SPLIT, HIERARCHICAL, AUTO)  # those of this package
 SHORT = [(10,), (10, 512), (512,), (512, 512), (512,), (512, 784)][::-1]  # for tests
 POWER_SGD_RANK = 1
 POWER_SGD_START = 2  # dense steps before it, the fewest that it accepts with error feedback

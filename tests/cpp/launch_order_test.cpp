@@ -56,6 +56,39 @@ TEST(LaunchOrder, ALostOrderRefusesThoseThatWaitAtOnce) {
   EXPECT_EQ(notes.back(), "t2");
 }
 
+TEST(LaunchOrder, RefusalsOfSeveralBucketsAreDoneOnceEachInTheirOrder) {
+  LaunchOrder order;
+  Notes notes;
+  for (int ticket = 0; ticket < 6; ++ticket) order.take_ticket();
+  order.launch(4, noted(notes, 4));
+  order.launch(2, noted(notes, 2, false));
+  order.launch(1, noted(notes, 1, false));
+  EXPECT_EQ(notes, Notes{}) << "nobody's turn has come";
+  order.launch(0, noted(notes, 0));
+  EXPECT_EQ(notes, (Notes{"b0", "x1", "x2", "x4", "t0", "t1", "t2", "t4"}));
+  order.lose(); // ticket 3 never comes; the order is lost already
+  EXPECT_EQ(notes.size(), 8u);
+  order.launch(5, noted(notes, 5, false));
+  EXPECT_EQ(Notes(notes.begin() + 8, notes.end()), (Notes{"x5", "t5"}));
+}
+
+TEST(LaunchOrder, ABucketThatIsRefusedMayLoseTheOrderOnceMore) {
+  LaunchOrder order;
+  Notes notes;
+  for (int ticket = 0; ticket < 3; ++ticket) order.take_ticket();
+  // As a run gives up: what it had still to begin is lost, in the same order of another collective or in this one.
+  order.launch(1, [&](bool is_lost) -> LaunchOrder::Begun {
+    notes.push_back(is_lost ? "x1" : "b1");
+    return {false, [&] {
+              notes.push_back("t1");
+              order.lose();
+            }};
+  });
+  order.launch(2, noted(notes, 2));
+  order.launch(0, noted(notes, 0, false));
+  EXPECT_EQ(notes, (Notes{"x0", "x1", "x2", "t0", "t1", "t2"}));
+}
+
 // What is done when a collective has begun may launch others.
 TEST(LaunchOrder, IsNotLockedWhileWhatFollowsRuns) {
   LaunchOrder order;

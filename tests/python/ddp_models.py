@@ -89,7 +89,7 @@ class Case:
     wrapper: Callable[[Any], Any] | None = None  # around the Python hook
 
     def options(self) -> dict[str, Any]:
-        return {"density": 0.05, "dense_steps": 2, **self.state}
+        return {"density": 0.05, "dense_steps": 2, "exchange": "allgather", **self.state}
 
     def gradients(self, rank: int, step: int) -> dict[str, Tensor]:
         gradients = {}

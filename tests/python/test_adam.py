@@ -103,7 +103,7 @@ WARNED = {"Adam": 0.9, "AdamW": 0.9, "NAdam": 0.9, "RAdam": 0.9, "of-the-user": 
 
 def warnings_by_step(rank, world_size, optimizer_name):
     """Warnings of each of four optimizer steps; the first is dense. And whether the global hook is gone afterwards."""
-    net, state = Net(), TopKEFState(density=0.05, dense_steps=1)
+    net, state = Net(), TopKEFState(exchange="allgather", density=0.05, dense_steps=1)
     optimizer = OPTIMIZERS[optimizer_name](net, state)
     messages = []
     for _ in range(4):
@@ -134,7 +134,7 @@ def test_momentum_on_compressed_parameters_is_warned_about_once(optimizer_name):
 
 
 def warnings_of_several_optimizers(rank, world_size):
-    net, state = Net(), TopKEFState(density=0.05, dense_steps=0)
+    net, state = Net(), TopKEFState(exchange="allgather", density=0.05, dense_steps=0)
     optimizers = [
         torch.optim.Adam([nn.Parameter(torch.ones(3, requires_grad=True))]),  # of another model
         torch.optim.Adam([net.head.bias]),  # travels dense
@@ -157,7 +157,7 @@ def test_an_optimizer_is_warned_about_wherever_it_comes_in_the_order_and_only_th
 
 
 def warnings_after_another_optimizer(rank, world_size):
-    net, state = Net(), TopKEFState(density=0.05, dense_steps=0)
+    net, state = Net(), TopKEFState(exchange="allgather", density=0.05, dense_steps=0)
     step(net, state)
     counts = []
     for parameters in ([net.head.bias], [net.embed.weight, net.head.weight]):
@@ -175,7 +175,7 @@ def test_an_optimizer_of_dense_parameters_does_not_use_the_warning_up():
 def warnings_of_two_states(rank, world_size):
     counts = []
     nets = [Net(), Net()]
-    states = [TopKEFState(density=0.05, dense_steps=0) for _ in nets]
+    states = [TopKEFState(exchange="allgather", density=0.05, dense_steps=0) for _ in nets]
     for net, state in zip(nets, states):
         step(net, state)
         with warnings.catch_warnings(record=True) as caught:
@@ -198,7 +198,7 @@ def test_a_state_that_waits_for_an_optimizer_can_be_collected():
 
 
 def collect_after_use(rank, world_size):
-    net, state = Net(), TopKEFState(density=0.05, dense_steps=0)
+    net, state = Net(), TopKEFState(exchange="allgather", density=0.05, dense_steps=0)
     step(net, state)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     gone = weakref.ref(state)
@@ -225,7 +225,7 @@ def hooks_of(optimizer) -> list:
 
 
 def hooks_after_each_step(rank, world_size, optimizer_name, bound, num_steps):
-    net, state = Net(), TopKEFState(density=0.05, dense_steps=0)
+    net, state = Net(), TopKEFState(exchange="allgather", density=0.05, dense_steps=0)
     optimizer = OPTIMIZERS[optimizer_name](net, state)
     counts = []
     with warnings.catch_warnings():
@@ -251,7 +251,7 @@ def test_without_names_the_hook_goes_after_a_bounded_number_of_steps():
 
 
 def an_optimizer_with_hooks_of_its_own(rank, world_size):
-    net, state = Net(), TopKEFState(density=0.05, dense_steps=0)
+    net, state = Net(), TopKEFState(exchange="allgather", density=0.05, dense_steps=0)
     step(net, state)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     calls = []
@@ -273,7 +273,7 @@ class Failing(torch.optim.SGD):
 
 
 def a_step_that_raises(rank, world_size):
-    net, state = Net(), TopKEFState(density=0.05, dense_steps=0)
+    net, state = Net(), TopKEFState(exchange="allgather", density=0.05, dense_steps=0)
     step(net, state)
     failing = Failing(net.parameters(), lr=0.1)
     for _ in range(2):

@@ -108,7 +108,7 @@ def disagree_about_options(
     start_steps: list[int | None],
 ) -> Outcome:
     model = DistributedDataParallel(GivenGradients(Case()), **SMALL_BUCKETS)
-    state = TopKEFState(**options[rank])
+    state = TopKEFState(**{"exchange": "allgather", **options[rank]})
     add_hook(model, state, entry)
     start_step = start_steps[rank]
     if start_step is not None:
@@ -288,7 +288,7 @@ def disagree_about_the_last_bucket(
     model = DistributedDataParallel(
         GivenGradients(case), find_unused_parameters=True, **SMALL_BUCKETS
     )
-    state = TopKEFState(density=0.05, exempt=["^first"] if rank == 0 else [])
+    state = TopKEFState(exchange="allgather", density=0.05, exempt=["^first"] if rank == 0 else [])
     add_hook(model, state, entry)
     state.load_state_dict(checkpoint(rank, world_size, 5))
     before = state.state_dict()["residuals"]
@@ -377,7 +377,7 @@ def disagree_about_the_model(
     model = named_model(kinds[rank])
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    state = TopKEFState(density=0.1, dense_steps=dense_steps)
+    state = TopKEFState(exchange="allgather", density=0.1, dense_steps=dense_steps)
     message, seconds = error_of(lambda: all_reduce_gradients(model.named_parameters(), state))
     assert all(
         torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in model.parameters()

@@ -23,7 +23,12 @@ def gradient(rank: int, step: int, *shape: int, dtype: torch.dtype = torch.float
 
 
 def sparse_state(**options) -> TopKEFState:
-    return TopKEFState(**({"density": 0.05, "dense_steps": 0, "min_compress_numel": 100} | options))
+    return TopKEFState(
+        **(
+            {"density": 0.05, "dense_steps": 0, "min_compress_numel": 100, "exchange": "allgather"}
+            | options
+        )
+    )
 
 
 def error_of(call, *arguments, **options) -> str:
@@ -302,7 +307,9 @@ def test_without_a_process_group_the_error_says_how_to_make_one():
 
 
 def count_steps(rank, world_size, dense_steps):
-    state = TopKEFState(density=0.05, dense_steps=dense_steps, min_compress_numel=100)
+    state = TopKEFState(
+        exchange="allgather", density=0.05, dense_steps=dense_steps, min_compress_numel=100
+    )
     counts = []
     for _ in range(dense_steps + 2):
         for name in ("a", "b"):
@@ -325,7 +332,9 @@ def follow_a_schedule(rank, world_size):
         asked.append(step)
         return 0.5 / 2**step
 
-    state = TopKEFState(density=density, dense_steps=1, min_compress_numel=100)
+    state = TopKEFState(
+        exchange="allgather", density=density, dense_steps=1, min_compress_numel=100
+    )
     sent = []
     for _ in range(4):
         for name in ("a", "b"):
@@ -345,7 +354,9 @@ def let_the_density_look_at_its_state(rank, world_size):
         captured = state.metrics()["compressed_ddp/captured_energy"]
         return 0.5 if step == 0 or captured < 0.5 else 0.25
 
-    state = TopKEFState(density=density, dense_steps=0, min_compress_numel=100)
+    state = TopKEFState(
+        exchange="allgather", density=density, dense_steps=0, min_compress_numel=100
+    )
     return [
         int(all_reduce_(torch.arange(1000.0) + 1, state, name="w").count_nonzero())
         for _ in range(2)
@@ -361,7 +372,7 @@ def look_from_another_thread(rank, world_size):
         looked.wait(0.3)  # without the GIL; nobody sets it
         return 0.1
 
-    state = TopKEFState(density=density, dense_steps=0)
+    state = TopKEFState(exchange="allgather", density=density, dense_steps=0)
     hook = threading.Thread(target=lambda: all_reduce_(torch.ones(5000), state, name="w"))
     hook.start()
     assert asked.wait(10)
@@ -379,7 +390,9 @@ def test_a_callable_density_may_ask_its_state():
 
 
 def disagree(rank, world_size, density, dense_steps):
-    state = TopKEFState(density=lambda step: density(rank, step), dense_steps=dense_steps)
+    state = TopKEFState(
+        exchange="allgather", density=lambda step: density(rank, step), dense_steps=dense_steps
+    )
     errors = []
     for _ in range(3):
         tensor = torch.ones(2000)

@@ -21,7 +21,12 @@ DENSITY, MIN_COMPRESS_NUMEL = 0.05, 100
 
 
 def sparse_state(**options) -> TopKEFState:
-    defaults = {"density": DENSITY, "dense_steps": 0, "min_compress_numel": MIN_COMPRESS_NUMEL}
+    defaults = {
+        "density": DENSITY,
+        "dense_steps": 0,
+        "min_compress_numel": MIN_COMPRESS_NUMEL,
+        "exchange": "allgather",
+    }
     return TopKEFState(**(defaults | options))
 
 

@@ -269,7 +269,7 @@ def test_bench_wire_time_end_to_end(tmp_path: pathlib.Path) -> None:
     arguments += ["--turns", 2, "--warm-up", 1, "--rates", "none"]
     run_script("bench_wire_time.py", *arguments, "--output", output)
     result = json.loads(output.read_text())
-    assert [row["arm"] for row in result["rows"]] == [*exchange_arms.ARMS]
+    assert [row["arm"] for row in result["rows"]] == [*exchange_arms.ARMS, exchange_arms.AUTO]
     assert all(row["ms"]["median"] > 0 for row in result["rows"])
     assert result["goals"] == []  # of a rate that was not asked for
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 NUMEL = 5000
 K = 500
 SHAPE = (50, 100)
-OPTIONS: dict[str, Any] = {"density": 0.1, "dense_steps": 0}
+OPTIONS: dict[str, Any] = {"density": 0.1, "dense_steps": 0, "exchange": "allgather"}
 
 
 class Runtime:
@@ -265,7 +265,7 @@ def test_a_step_that_failed_after_its_selection_gives_back_and_no_graph_begins_b
 
 
 def delayed(rank: int, world_size: int, is_late: bool, dense_steps: int) -> Tensor:
-    state = TopKEFState(density=0.1, dense_steps=dense_steps)
+    state = TopKEFState(exchange="allgather", density=0.1, dense_steps=dense_steps)
     for step in range(2):
         tensor = gradient(rank, step)
         if is_late:
@@ -281,7 +281,7 @@ def test_the_stages_wait_for_what_the_callers_stream_holds(dense_steps: int) -> 
 
 
 def held(rank: int, world_size: int) -> list[bool]:
-    state = TopKEFState(density=0.1, dense_steps=1)
+    state = TopKEFState(exchange="allgather", density=0.1, dense_steps=1)
     seen = []
     for step in range(2):
         tensor = gradient(rank, step)

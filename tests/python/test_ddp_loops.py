@@ -305,7 +305,7 @@ def train_compiled(rank: int, world_size: int, entry: str, compiled: str) -> lis
         net = torch.compile(net, backend="aot_eager")
     model: Any = DistributedDataParallel(net, bucket_cap_mb=1)
     # A gradient that differs in its last bit may be another bfloat16.
-    state = TopKEFState(density=0.1, dense_steps=1, value_format="fp32")
+    state = TopKEFState(exchange="allgather", density=0.1, dense_steps=1, value_format="fp32")
     add_hook(model, state, entry)
     step_model = torch.compile(model, backend="aot_eager") if compiled == "outside" else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -412,7 +412,7 @@ def test_wrong_bytes_from_a_peer_are_refused_by_name_and_touch_nothing(
 
 
 def reduce_after_destroy(rank: int, world_size: int) -> list[str]:
-    state = TopKEFState(density=0.1, dense_steps=0)
+    state = TopKEFState(exchange="allgather", density=0.1, dense_steps=0)
     all_reduce_(torch.ones(64, 64), state, name="weights")
     dist.destroy_process_group()
     return [

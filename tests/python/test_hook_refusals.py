@@ -40,7 +40,7 @@ def backward(model: DistributedDataParallel, step: int = 0) -> None:
 
 def second_hook(rank: int, world_size: int, first: str, second: str) -> tuple[str, bool]:
     model = small_model()
-    state = TopKEFState(dense_steps=0)
+    state = TopKEFState(exchange="allgather", dense_steps=0)
     add_hook(model, state, first)
     message = message_of(lambda: add_hook(model, state, second), RuntimeError)
     backward(model)
@@ -113,7 +113,7 @@ def test_register_refuses_what_is_not_ddp_and_the_python_reducer() -> None:
 
 def second_model_with_names(rank: int, world_size: int, entry: str) -> tuple[str, bool]:
     first, second = small_model(), small_model()
-    state = TopKEFState(dense_steps=0)
+    state = TopKEFState(exchange="allgather", dense_steps=0)
     add_hook(first, state, entry)
     backward(first)
     message = message_of(lambda: add_hook(second, state, entry), ValueError)
@@ -131,7 +131,7 @@ def test_a_second_model_is_refused_when_it_is_registered(entry: str) -> None:
 
 def second_model_without_names(rank: int, world_size: int) -> tuple[str, bool]:
     first, second = small_model(), small_model()
-    state = TopKEFState(dense_steps=0)
+    state = TopKEFState(exchange="allgather", dense_steps=0)
     for model in (first, second):
         model.register_comm_hook(state, topk_ef_hook)
     for step in range(3):
@@ -159,7 +159,7 @@ class WithEmbedding(nn.Module):
 
 def sparse_embedding(rank: int, world_size: int, entry: str) -> list[str]:
     model = DistributedDataParallel(WithEmbedding())
-    add_hook(model, TopKEFState(dense_steps=0), entry)
+    add_hook(model, TopKEFState(exchange="allgather", dense_steps=0), entry)
     # Twice: the error must not leave the reducer in a state that hides it behind another one.
     return [
         message_of(lambda: model(torch.tensor([1, 2, 3])).backward(), ValueError) for _ in range(2)
@@ -177,7 +177,7 @@ def test_a_sparse_gradient_is_refused_each_time(entry: str) -> None:
 
 def double_precision(rank: int, world_size: int, entry: str) -> list[str]:
     model = DistributedDataParallel(nn.Linear(64, 64).double())
-    add_hook(model, TopKEFState(dense_steps=0), entry)
+    add_hook(model, TopKEFState(exchange="allgather", dense_steps=0), entry)
     return [
         message_of(lambda: model(torch.ones(1, 64).double()).sum().backward(), ValueError)
         for _ in range(2)
@@ -195,14 +195,14 @@ def test_float64_is_refused_each_time(entry: str) -> None:
 
 def without_names(rank: int, world_size: int) -> list[str]:
     model = small_model()
-    exempting = TopKEFState(exempt=("first",))
+    exempting = TopKEFState(exchange="allgather", exempt=("first",))
     model.register_comm_hook(exempting, topk_ef_hook)
     messages = [message_of(lambda: backward(model), ValueError)]
     exempting.bind(model)
     backward(model)
 
     model = small_model()
-    state = TopKEFState(dense_steps=0)
+    state = TopKEFState(exchange="allgather", dense_steps=0)
     model.register_comm_hook(state, topk_ef_hook)
     backward(model)
     messages.append(message_of(state.state_dict, ValueError))
@@ -210,7 +210,7 @@ def without_names(rank: int, world_size: int) -> list[str]:
     assert set(saved["residuals"]) == {"first_weight", "second_weight", "third_weight"}
 
     model = small_model()
-    loaded = TopKEFState(dense_steps=0)
+    loaded = TopKEFState(exchange="allgather", dense_steps=0)
     loaded.load_state_dict(saved)
     model.register_comm_hook(loaded, topk_ef_hook)
     messages.append(message_of(lambda: backward(model), ValueError))
@@ -258,7 +258,7 @@ def bad_schedule(
     rank: int, world_size: int, entry: str, density: Callable[[int], float], error: type[Exception]
 ) -> list[str]:
     model = small_model()
-    add_hook(model, TopKEFState(density=density, dense_steps=0), entry)
+    add_hook(model, TopKEFState(exchange="allgather", density=density, dense_steps=0), entry)
     for step in range(2):
         backward(model, step)
     return [message_of(lambda: backward(model, 2), error) for _ in range(2)]

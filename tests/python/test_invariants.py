@@ -54,7 +54,11 @@ def residual_of(state: TopKEFState, name: str, numel: int) -> torch.Tensor:
 def reduce_steps(rank: int, world_size: int, kind: str, seed: int, num_steps: int, options: dict):
     """[(residual before, residual after, result)] of this rank."""
     state = TopKEFState(
-        density=DENSITY, dense_steps=0, min_compress_numel=MIN_COMPRESS_NUMEL, **options
+        exchange="allgather",
+        density=DENSITY,
+        dense_steps=0,
+        min_compress_numel=MIN_COMPRESS_NUMEL,
+        **options,
     )
     seen = []
     for step in range(num_steps):
@@ -126,7 +130,11 @@ def test_without_error_feedback_nothing_is_kept(scope, value_format, seed):
 def reduce_all_entries(rank: int, world_size: int, kind: str, seed: int):
     """[(sparse result, dense result)] of three steps, and the bytes of the last step."""
     state = TopKEFState(
-        density=1.0, dense_steps=0, min_compress_numel=MIN_COMPRESS_NUMEL, value_format="fp32"
+        exchange="allgather",
+        density=1.0,
+        dense_steps=0,
+        min_compress_numel=MIN_COMPRESS_NUMEL,
+        value_format="fp32",
     )
     pairs = []
     for step in range(3):

@@ -31,7 +31,7 @@ def gradient(rank: int, step: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def metrics_of_steps(rank, world_size, dtype, num_steps, options):
-    state = TopKEFState(density=0.02, min_compress_numel=100, **options)
+    state = TopKEFState(exchange="allgather", density=0.02, min_compress_numel=100, **options)
     figures = []
     for step in range(num_steps):
         all_reduce_(gradient(rank, step, dtype), state, name="w", segments=SEGMENTS)
@@ -102,7 +102,10 @@ def test_figures_of_dense_steps(world_size):
 
 
 def metrics_of_several_tensors(rank, world_size):
-    states = [TopKEFState(density=0.02, dense_steps=0, min_compress_numel=100) for _ in range(3)]
+    states = [
+        TopKEFState(exchange="allgather", density=0.02, dense_steps=0, min_compress_numel=100)
+        for _ in range(3)
+    ]
     one, two, both = states
     for _ in range(2):
         first, second = (gradient(rank, step, torch.float32) for step in range(2))
@@ -134,7 +137,7 @@ def test_before_the_first_step_everything_is_zero_or_nan():
 
 
 def metrics_around_reset(rank, world_size):
-    state = TopKEFState(density=0.02, dense_steps=0, min_compress_numel=100)
+    state = TopKEFState(exchange="allgather", density=0.02, dense_steps=0, min_compress_numel=100)
     all_reduce_(gradient(rank, 0, torch.float32), state, name="w")
     state.reset()
     return state.metrics()["compressed_ddp/step"], state.metrics()["compressed_ddp/bytes_sent"]

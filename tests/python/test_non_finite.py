@@ -148,7 +148,7 @@ def train_with_a_scaler(
 ) -> tuple[list[float], list[Tensor], dict[str, Tensor]]:
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(64, 32))
-    state = TopKEFState(density=0.1, dense_steps=1)
+    state = TopKEFState(exchange="allgather", density=0.1, dense_steps=1)
     add_hook(model, state, entry)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)

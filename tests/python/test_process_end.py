@@ -59,7 +59,7 @@ rank, entry, store = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
 model = DistributedDataParallel(torch.nn.Linear(64, 64))
-state = TopKEFState(density=0.1, dense_steps=1)
+state = TopKEFState(exchange="allgather", density=0.1, dense_steps=1)
 if entry == "cpp":
     register(model, state)
 else:

@@ -46,7 +46,9 @@ def train(rank: int, world_size: int, plan: Plan) -> End:
     )
     model = DistributedDataParallel(net, **plan.ddp)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
-    state = TopKEFState(density=0.02, dense_steps=DENSE_STEPS, scope=plan.scope)
+    state = TopKEFState(
+        exchange="allgather", density=0.02, dense_steps=DENSE_STEPS, scope=plan.scope
+    )
     path = pathlib.Path(plan.folder) / f"rank{rank}.pt"
 
     def load() -> None:

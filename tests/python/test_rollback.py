@@ -35,7 +35,11 @@ def gradient(rank, step, name, dtype, bad=None):
 
 def reduce_steps(rank, world_size, num_steps, dtype, bad, save_at, rolled_back, value_format):
     state = TopKEFState(
-        density=0.05, dense_steps=0, min_compress_numel=100, value_format=value_format
+        exchange="allgather",
+        density=0.05,
+        dense_steps=0,
+        min_compress_numel=100,
+        value_format=value_format,
     )
     results, saved = [], {}
     for step in range(num_steps):
@@ -131,7 +135,7 @@ def test_rollback_after_a_bad_step_changes_nothing():
 
 
 def roll_back_nothing(rank, world_size):
-    state = TopKEFState(density=0.05, dense_steps=1, min_compress_numel=100)
+    state = TopKEFState(exchange="allgather", density=0.05, dense_steps=1, min_compress_numel=100)
     state.rollback()
     all_reduce_(torch.ones(2000), state, name="w")  # dense
     state.rollback()
@@ -144,7 +148,7 @@ def test_rollback_without_a_compressed_step_does_nothing():
 
 
 def without_error_feedback(rank, world_size):
-    state = TopKEFState(density=0.05, dense_steps=0, error_feedback=False)
+    state = TopKEFState(exchange="allgather", density=0.05, dense_steps=0, error_feedback=False)
     results = []
     for value in (torch.nan, 1.0, 1.0):
         tensor = torch.ones(2000)
@@ -164,7 +168,7 @@ def test_without_error_feedback_a_bad_step_is_nan_and_the_next_is_good():
 
 def overflow_in_the_sum(rank, world_size):
     """Finite on every rank, beyond fp32 in the sum."""
-    state = TopKEFState(density=0.05, dense_steps=0)
+    state = TopKEFState(exchange="allgather", density=0.05, dense_steps=0)
     tensor = torch.zeros(2000)
     tensor[11] = 3e38
     all_reduce_(tensor, state, name="w")
@@ -184,7 +188,7 @@ def test_a_sum_that_overflows_is_the_same_on_every_rank_and_the_step_is_undone()
 
 def meet_a_hostile_peer(rank, world_size, attack):
     """Rank 1 takes part in step 0; in step 1 it sends bytes of its own making where the payload belongs."""
-    state = TopKEFState(density=0.05, dense_steps=0, min_compress_numel=100)
+    state = TopKEFState(exchange="allgather", density=0.05, dense_steps=0, min_compress_numel=100)
     all_reduce_(torch.arange(2000.0), state, name="w")
     if rank == 1:
         layout = ([2000], [0], [100])

@@ -25,7 +25,7 @@ def calls_of_one_step(rank, world_size):
     calls = ctypes.CDLL(compressed_ddp._native._C.__file__).compressed_ddp_stand_in_calls
     calls.restype = ctypes.c_uint64
     before = calls()
-    state = compressed_ddp.TopKEFState(density=0.1, dense_steps=0)
+    state = compressed_ddp.TopKEFState(exchange="allgather", density=0.1, dense_steps=0)
     tensor = torch.arange(5000.0)
     compressed_ddp.all_reduce_(tensor, state, name="x")
     return compressed_ddp._native._C.__file__, calls() - before, torch.cuda.is_initialized()

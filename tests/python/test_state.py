@@ -150,7 +150,7 @@ def train(model: nn.Module, num_steps: int = 2) -> None:
 
 
 def sparse_state(**options) -> TopKEFState:
-    return TopKEFState(**({"density": 0.05, "dense_steps": 0} | options))
+    return TopKEFState(**({"density": 0.05, "dense_steps": 0, "exchange": "allgather"} | options))
 
 
 def residual_names(rank, world_size, wrap):
@@ -453,7 +453,7 @@ def test_one_rank_is_warned_once_and_several_never():
 
 
 def reset_and_go_on(rank, world_size):
-    state = TopKEFState(density=0.05, dense_steps=1)
+    state = TopKEFState(exchange="allgather", density=0.05, dense_steps=1)
     nonzero = []
     for _ in range(2):
         for step in range(3):

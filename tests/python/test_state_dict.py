@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from compressed_ddp import TopKEFState, all_reduce_, all_reduce_gradients, register
 
-OPTIONS = {"density": 0.05, "dense_steps": 1, "min_compress_numel": 100}
+OPTIONS = {"density": 0.05, "dense_steps": 1, "min_compress_numel": 100, "exchange": "allgather"}
 
 
 def saved(**changes) -> dict:
@@ -76,7 +76,7 @@ def test_a_state_dict_holds_plain_tensors_and_numbers():
             "density": 0.05,
             "scope": "tensor",
             "value_format": "bf16",
-            "exchange": "default",
+            "exchange": "allgather",
             "ranks_per_node": 0,
             "error_feedback": True,
             "dense_steps": 1,
@@ -87,6 +87,10 @@ def test_a_state_dict_holds_plain_tensors_and_numbers():
         assert (residuals["w"].dtype, residuals["w"].shape) == (torch.float32, (40, 50))
         assert residuals["w"].count_nonzero() >= 1800
         assert_same_bits(through_a_file(state_dict)["residuals"]["w"], residuals["w"])
+
+
+def test_a_state_that_names_no_exchange_says_so():
+    assert TopKEFState().state_dict()["exchange"] == "default"
 
 
 def resume_in_the_middle(rank, world_size, scope):
@@ -147,7 +151,8 @@ def compress_channels_last(rank, world_size):
     weight = nn.Parameter(torch.zeros(8, 16, 3, 3).to(memory_format=torch.channels_last))
     generator = torch.Generator().manual_seed(rank)
     local = torch.randn(8, 16, 3, 3, generator=generator)
-    options = {"density": 0.05, "dense_steps": 0, "value_format": "fp32"}  # what is sent is gone
+    # What is sent is gone.
+    options = {"exchange": "allgather", "density": 0.05, "dense_steps": 0, "value_format": "fp32"}
     state = TopKEFState(**options)
     weight.grad = local.to(memory_format=torch.channels_last)
     all_reduce_gradients([("w", weight)], state)
@@ -176,7 +181,7 @@ def test_the_residual_of_a_channels_last_parameter_has_its_logical_shape_and_ord
 
 def use_the_loaded_residual(rank, world_size, how):
     """Reduces zeros: what comes out was in the loaded residual."""
-    state = TopKEFState(density=0.05, dense_steps=2, value_format="fp32")
+    state = TopKEFState(exchange="allgather", density=0.05, dense_steps=2, value_format="fp32")
     weight = nn.Parameter(torch.zeros(40, 50))
     if how == "bind before":
         state.bind([("w", weight)])
@@ -256,14 +261,14 @@ def test_residuals_without_a_parameter_are_warned_about_once_in_both_orders(firs
 
 def load_then_train_another_model(rank, world_size, entry):
     model = DistributedDataParallel(nn.Linear(40, 50))
-    state = TopKEFState()
+    state = TopKEFState(exchange="allgather")
     state.load_state_dict(saved(rank=rank, world_size=world_size))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if entry == "register":
             register(model, state)
         elif entry == "constructor":
-            state = TopKEFState(named_parameters=model.named_parameters())
+            state = TopKEFState(exchange="allgather", named_parameters=model.named_parameters())
             state.load_state_dict(saved(rank=rank, world_size=world_size))
         else:
             for _ in range(2):
@@ -377,7 +382,7 @@ def test_the_state_of_another_rank_or_world_size_is_refused():
 
 def load_before_the_process_group(rank, world_size):
     dist.destroy_process_group()
-    fitting, other = TopKEFState(), TopKEFState()
+    fitting, other = (TopKEFState(exchange="allgather") for _ in range(2))
     fitting.load_state_dict(saved())
     other.load_state_dict(saved(rank=3, world_size=4))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -432,7 +437,13 @@ def test_residuals_that_an_exchange_of_whole_gradients_would_never_send_are_warn
 
 
 def test_other_options_are_warned_about_and_not_taken():
-    state = TopKEFState(density=0.05, scope="bucket", value_format="sign", min_compress_numel=10)
+    state = TopKEFState(
+        exchange="allgather",
+        density=0.05,
+        scope="bucket",
+        value_format="sign",
+        min_compress_numel=10,
+    )
     with pytest.warns(UserWarning, match="saved with other options") as caught:
         state.load_state_dict(saved())
     (warning,) = caught
@@ -458,7 +469,7 @@ def test_a_state_that_was_saved_without_a_value_format_loads_without_a_warning()
 
 
 def test_a_callable_density_is_saved_as_minus_one():
-    state = TopKEFState(density=lambda step: 0.01)
+    state = TopKEFState(exchange="allgather", density=lambda step: 0.01)
     state_dict = state.state_dict()
     assert state_dict["density"] == -1.0
     with warnings.catch_warnings():

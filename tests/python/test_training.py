@@ -58,6 +58,7 @@ def train_digits(rank: int, world_size: int, plan: Plan) -> Run:
     model = DistributedDataParallel(net, bucket_cap_mb=0.02)
     if plan.entry is not None:
         state = TopKEFState(
+            exchange="allgather",
             density=plan.density,
             value_format=plan.value_format,
             error_feedback=plan.error_feedback,

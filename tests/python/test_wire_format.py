@@ -266,7 +266,11 @@ AGREEMENT_RECORD_BYTES = 224
 
 def bytes_of_each_step(rank: int, world_size: int, value_format: str) -> list[float]:
     state = TopKEFState(
-        density=0.01, dense_steps=0, min_compress_numel=100, value_format=value_format
+        exchange="allgather",
+        density=0.01,
+        dense_steps=0,
+        min_compress_numel=100,
+        value_format=value_format,
     )
     sent = []
     for _ in range(3):
