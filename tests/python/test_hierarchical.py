@@ -621,6 +621,37 @@ def test_a_damaged_payload_between_nodes_is_refused_by_every_rank_that_it_reache
         assert_same_bits(after + 0, before + mean + 0, "nothing is lost")
 
 
+def reduce_with_damage_on_many_nodes(
+    rank: int, world_size: int, victim: int
+) -> tuple[str, Tensor, Tensor, str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return reduce_with_damage(rank, world_size, victim)
+
+
+@stand_in.host_contract
+@needs_python_groups
+def test_above_16_nodes_a_damaged_average_is_refused_by_every_rank_and_nothing_is_lost() -> None:
+    """Of an owner of odd rank: those that own the same shard refuse its bytes, and tell the others of their nodes."""
+    victim, numel = 5, 4000
+    outcomes = ranks.run(34, reduce_with_damage_on_many_nodes, victim, timeout_s=120)
+    for rank, (message, before, after, last) in enumerate(outcomes):
+        assert "failed at step 1" in message and last == "", (rank, message, last)
+        if rank % 2 == victim % 2:
+            assert f"the payload of rank {victim} is not what this rank expects" in message
+        else:
+            assert f"the shard of rank {rank + 1} is not what this rank expects" in message
+            # The victim's mate gets damaged bytes inside the node, too.
+            assert ("its rank had nothing to send" in message) == (rank != victim - 1)
+        first = rank // 2 * 2
+        mean = gradient("integers", 0, first, 1, numel) + gradient(
+            "integers", 0, first + 1, 1, numel
+        )
+        expected = before + mean[contracts.shard_of(numel, rank % 2, 2)] / 2
+        # Averages of 17 nodes are rounded, and what their owners took over of that has been given back.
+        torch.testing.assert_close(after, expected, rtol=0, atol=1e-6)
+
+
 @needs_python_groups
 def test_a_rank_killed_between_two_collectives_gives_words_and_nothing_is_lost() -> None:
     """At its node's payload. Rank 3 waits for it, and tells rank 2, which waits for rank 3."""
