@@ -16,9 +16,6 @@ All ranks share the cores of one machine: what they compute runs one after anoth
 time on P machines. So beside every time stand `cpu_ms_per_rank`, the processor time of one rank's
 process in that step (its threads in the kernel's network code included), and `line_ms`, what the bytes
 of the formula take on the link in frames of 1514 bytes. `--rates none` runs without token buckets.
-
-Of "auto" the row also says how many buckets travel sparse, and what its model predicts for a step in which
-all of them do, or none. The model takes buckets one after another, and a rank as if it had its processor for itself.
 """
 
 from __future__ import annotations
@@ -215,7 +212,7 @@ def main() -> int:
     parser.add_argument(
         "--rates", nargs="+", default=[GOAL_RATE], help="as tc spells them, or none"
     )
-    parser.add_argument("--arms", nargs="+", choices=(*ARMS, AUTO), default=(*ARMS, AUTO))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--layout", choices=["resnet50", "short"], default="resnet50")
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--warm-up", type=int, default=20, help="steps of allgather and split")
@@ -252,12 +249,7 @@ def main() -> int:
             "system": system,
             "settings": {
                 "ranks": options.ranks,
-                "network": "one veth pair per rank, tc tbf at both ends"
-                if options.network == "namespaces"
-                else "loopback, not shaped",
-                "token_bucket": " ".join(TOKEN_BUCKET),
-                "congestion_control": congestion_control(),
-                "backend": "gloo",
+                **shown_network(options.network),
                 "layout": options.layout,
                 "bucket_mib": "25 (PowerSGD: one bucket)",
                 "density": options.density,
@@ -275,6 +267,19 @@ def main() -> int:
         options.output,
     )
     return 0
+
+
+def shown_network(network: str) -> dict[str, str]:
+    """Return the settings of a results file that tell of the network."""
+    is_shaped = network == "namespaces"
+    return {
+        "network": "one veth pair per rank, tc tbf at both ends"
+        if is_shaped
+        else "loopback, not shaped",
+        "token_bucket": " ".join(TOKEN_BUCKET),
+        "congestion_control": congestion_control(),
+        "backend": "gloo",
+    }
 
 
 def congestion_control() -> str:

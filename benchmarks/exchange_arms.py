@@ -5,7 +5,7 @@
     PowerSGD       PyTorch's powerSGD_hook, rank 1, in one bucket (over Gloo with several buckets it aborts)
     allgather      topk_ef_hook, exchange="allgather"
     split          topk_ef_hook, exchange="split"
-    auto           topk_ef_hook, exchange="auto": each bucket by allgather or dense, as measured costs say (bench_wire_time only)
+    auto           topk_ef_hook, exchange="auto": each bucket by allgather or dense, as measured costs say (bench_auto only)
     hierarchical   topk_ef_hook, exchange="hierarchical", as if the ranks were two nodes (bench_wire only: here all links are alike)
 
 The buckets are DDP's own: a hook catches them in the second backward pass, when DDP has rebuilt them. A

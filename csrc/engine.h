@@ -254,6 +254,10 @@ class Engine {
   bool saw_last_bucket_ = false;
 };
 
+// One flag on the tensor's device: some entry is Inf or NaN. By the extremes, which are NaN if any entry is: one pass, where at::isfinite
+// makes several over temporaries.
+at::Tensor is_non_finite(const at::Tensor& tensor);
+
 // What a failed exchange is reported as. `refused`: the bytes arrived, but are not what this rank expects.
 std::exception_ptr failed_exchange(const Engine::Place& place, const std::exception& error, bool refused = false);
 

@@ -4,9 +4,7 @@
 // In the steady state the host waits for nothing (with NCCL; Gloo reads device memory through the host and waits for itself). What
 // the host would want to know, the device reports later: a damaged payload at the next call, a bad step as a flag in device memory
 // that decides there, at the beginning of the next step, whether what was sent comes back.
-#include <ATen/ops/all.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/isfinite.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/util/Exception.h>
 
@@ -164,7 +162,7 @@ void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Reques
       work->wait();
       if (!sent.is_same(buffer)) buffer.copy_(sent);
       if (!looks) return;
-      const at::Tensor bad = at::isfinite(buffer).all().logical_not().to(at::kInt).reshape({1});
+      const at::Tensor bad = is_non_finite(buffer).to(at::kInt).reshape({1});
       auto* flag = const_cast<uint32_t*>(bucket->report->step_is_bad());
       at::from_blob(flag, {1}, bad.options()).bitwise_or_(bad);
     });

@@ -1,8 +1,9 @@
 // The engine on the CPU: one bucket through its exchange, begun by the hook and finished on threads of the process group.
 // engine_device.cpp is the same on a device, where all of it is enqueued at once.
-#include <ATen/ops/all.h>
+#include <ATen/ops/aminmax.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -257,9 +258,15 @@ void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& 
   };
   run->finish = [buffer, sent, looks = may_come_back()](int) mutable {
     if (!sent.is_same(buffer)) buffer.copy_(sent);
-    return looks && !at::isfinite(buffer).all().item<bool>();
+    return looks && is_non_finite(buffer).item<bool>();
   };
   start(std::move(run), request);
+}
+
+at::Tensor is_non_finite(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return at::zeros({}, tensor.options().dtype(at::kBool));
+  const auto [least, largest] = at::aminmax(tensor);
+  return (at::isfinite(least) & at::isfinite(largest)).logical_not();
 }
 
 at::Tensor Engine::begin_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size) {

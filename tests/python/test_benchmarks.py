@@ -269,9 +269,28 @@ def test_bench_wire_time_end_to_end(tmp_path: pathlib.Path) -> None:
     arguments += ["--turns", 2, "--warm-up", 1, "--rates", "none"]
     run_script("bench_wire_time.py", *arguments, "--output", output)
     result = json.loads(output.read_text())
-    assert [row["arm"] for row in result["rows"]] == [*exchange_arms.ARMS, exchange_arms.AUTO]
+    assert [row["arm"] for row in result["rows"]] == [*exchange_arms.ARMS]
     assert all(row["ms"]["median"] > 0 for row in result["rows"])
     assert result["goals"] == []  # of a rate that was not asked for
+
+
+@pytest.mark.slow
+def test_bench_auto_end_to_end(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "auto.json"
+    arguments = ["--network", "loopback", "--layout", "short", "--ranks", 2, "--turns", 2]
+    arguments += ["--warm-up", 1, "--rates", "none", "--densities", 0.1, 0.5]
+    run_script("bench_auto.py", *arguments, "--output", output)
+    result = json.loads(output.read_text())
+    rows = {(row["density"], row["arm"]): row for row in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 6 and len(result["goals"]) == 2
+    for density in (0.1, 0.5):
+        auto = rows[density, "auto"]
+        sparse, buckets = map(int, auto["sparse_buckets"].split(" of "))
+        assert 0 <= sparse <= buckets > 0
+        assert auto["predicted_sparse_ms"] > 0 and auto["predicted_dense_ms"] > 0
+        if sparse in (0, buckets):
+            same = rows[density, "allgather" if sparse else "dense"]
+            assert auto["bytes_sent"] == pytest.approx(same["bytes_sent"], rel=1e-6)
 
 
 # ---- report
