@@ -219,7 +219,8 @@ def any_result(result: Result) -> list[str]:
         )
     rows = list(result.get("rows") or result.get("runs") or [])
     if rows:
-        shown = [key for key in rows[0] if any(is_cell(row.get(key)) for row in rows)]
+        keys = dict.fromkeys(key for row in rows for key in row)  # not every row has all of them
+        shown = [key for key in keys if any(is_cell(row.get(key)) for row in rows)]
         sections.append(table([{words(key): row.get(key) for key in shown} for row in rows]))
     return [*sections, *goals(result)]
 
