@@ -16,9 +16,10 @@ namespace {
 
 constexpr int64_t kTileNumel = 8192; // 32 KiB of fp32 sums: the first-level data cache of current processors
 
-// A bucket beyond this does not stay in the caches until the optimizer reads it; storing past the cache then saves reading
-// every line before it is overwritten.
-constexpr int64_t kStreamBytes = 64 << 20; // DDP's 25 MiB still fit the last-level cache of a server, where plain stores are faster
+// A bucket beyond this does not stay in the caches until the optimizer reads it, behind the model's other buckets; storing past the cache
+// then saves reading every line before it is overwritten. Decode and an update that reads the result, streamed over plain, on an AMD EPYC
+// with 32 MiB of last-level cache: 1.09 to 1.18 at 8 MiB, 0.95 to 0.98 at 16, 0.84 to 0.87 at 25, 0.82 to 0.88 at 100.
+constexpr int64_t kStreamBytes = 16 << 20;
 
 // Scales a tile, stores it and clears the sums. Returns 0 when every result is finite, NaN otherwise: x * 0 is NaN for Inf and NaN.
 float scale_and_store(float* sums, int64_t numel, float scale, float* out, bool stream) {

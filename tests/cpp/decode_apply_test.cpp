@@ -15,7 +15,7 @@ using Bytes = std::vector<uint8_t>;
 using Numbers = std::vector<int64_t>;
 
 constexpr int64_t kTileNumel = 8192;             // decode_apply.cpp; the layouts below put borders around it
-constexpr int64_t kStreamNumel = (64 << 20) / 4; // fp32 entries from which on stores go past the caches
+constexpr int64_t kStreamNumel = (16 << 20) / 4; // fp32 entries from which on stores go past the caches
 
 uint8_t* payload_of(const Layout& layout, Bytes& gathered, int64_t rank) { return gathered.data() + rank * payload_bytes(layout); }
 
