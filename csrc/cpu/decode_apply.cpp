@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "decode_apply_store.h"
 #include "keep_denormals.h"
 
 #if defined(__SSE2__)
@@ -21,43 +22,10 @@ constexpr int64_t kTileNumel = 8192; // 32 KiB of fp32 sums: the first-level dat
 // with 32 MiB of last-level cache: 1.09 to 1.18 at 8 MiB, 0.95 to 0.98 at 16, 0.84 to 0.87 at 25, 0.82 to 0.88 at 100.
 constexpr int64_t kStreamBytes = 16 << 20;
 
-// Scales a tile, stores it and clears the sums. Returns 0 when every result is finite, NaN otherwise: x * 0 is NaN for Inf and NaN.
+// A tile of results, as StoreKernel.
 float scale_and_store(float* sums, int64_t numel, float scale, float* out, bool stream) {
-  int64_t i = 0;
-  float zero = 0;
-#if defined(__SSE2__)
-  if (stream) { // needs aligned addresses
-    for (; i < numel && (reinterpret_cast<uintptr_t>(out + i) & 15) != 0; ++i) {
-      out[i] = sums[i] * scale;
-      zero += out[i] * 0.0f;
-      sums[i] = 0;
-    }
-  }
-  const __m128 factor = _mm_set1_ps(scale);
-  __m128 zeros = _mm_setzero_ps();
-  const auto scale_four = [&](int64_t at) {
-    const __m128 result = _mm_mul_ps(_mm_loadu_ps(sums + at), factor);
-    zeros = _mm_add_ps(zeros, _mm_mul_ps(result, _mm_setzero_ps()));
-    _mm_storeu_ps(sums + at, _mm_setzero_ps());
-    return result;
-  };
-  if (stream) {
-    for (; i + 4 <= numel; i += 4) _mm_stream_ps(out + i, scale_four(i));
-  } else {
-    for (; i + 4 <= numel; i += 4) _mm_storeu_ps(out + i, scale_four(i));
-  }
-  alignas(16) float lane[4];
-  _mm_store_ps(lane, zeros);
-  zero += lane[0] + lane[1] + lane[2] + lane[3];
-#else
-  (void)stream;
-#endif
-  for (; i < numel; ++i) {
-    out[i] = sums[i] * scale;
-    zero += out[i] * 0.0f;
-    sums[i] = 0;
-  }
-  return zero;
+  static const StoreKernel store = best_store();
+  return store(sums, numel, scale, out, stream);
 }
 
 template <typename gradient_t>

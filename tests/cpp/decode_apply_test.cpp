@@ -1,7 +1,14 @@
 #include "cpu/decode_apply.h"
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <random>
 
+#include "cpu/decode_apply_store.h"
 #include "testing.h"
 
 namespace compressed_ddp {
@@ -143,6 +150,38 @@ TEST(DecodeApply, BucketsThatAreStoredPastTheCachesAreEqualToo) {
       expect_equal(expected, decoded(layout, gathered, 3, GradientType::kFloat32, cut, misalignment));
     }
   }
+}
+
+TEST(DecodeApply, EveryStoreKernelGivesTheSameBits) {
+  constexpr uint64_t kSeed = 6;
+  SCOPED_TRACE("seed " + std::to_string(kSeed));
+  std::vector<StoreKernel> kernels = {store_portable};
+#if COMPRESSED_DDP_X86
+  if (__builtin_cpu_supports("avx2")) kernels.push_back(store_avx2);
+#endif
+  constexpr float kInf = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
+  constexpr int64_t kBorder = 8; // entries that nothing may touch
+  std::mt19937_64 random(kSeed);
+  std::normal_distribution<float> normal;
+  for (const StoreKernel store : kernels)
+    for (const bool stream : {false, true})
+      for (int64_t numel = 0; numel < 140; ++numel)
+        for (int64_t begin = 0; begin < 8; ++begin) // of the bucket, behind an aligned address
+          for (const float special : {0.0f, -0.0f, 1e-41f, 3e38f, kInf, -kInf, kNan}) {
+            const int64_t at = numel == 0 ? -1 : static_cast<int64_t>(random() % static_cast<uint64_t>(numel));
+            std::vector<float> sums(static_cast<size_t>(numel + 1), 7.0f), expected;
+            for (int64_t i = 0; i < numel; ++i) sums[static_cast<size_t>(i)] = i == at ? special : normal(random);
+            for (int64_t i = 0; i < numel; ++i) expected.push_back(sums[static_cast<size_t>(i)] * 0.25f);
+            alignas(64) float out[8 + kBorder + 140 + kBorder];
+            std::fill(std::begin(out), std::end(out), 9.0f);
+            float* bucket = out + kBorder + begin;
+            const float zero = store(sums.data(), numel, 0.25f, bucket, stream);
+            ASSERT_EQ(std::memcmp(bucket, expected.data(), expected.size() * sizeof(float)), 0) << numel << ' ' << begin << ' ' << special;
+            ASSERT_EQ(zero == 0, at < 0 || std::isfinite(special));
+            ASSERT_TRUE(std::all_of(sums.begin(), sums.end() - 1, [](float sum) { return std::bit_cast<uint32_t>(sum) == 0; }));
+            ASSERT_EQ(sums.back(), 7.0f);
+            for (int64_t i = 1; i <= kBorder; ++i) ASSERT_TRUE(bucket[-i] == 9.0f && bucket[numel + i - 1] == 9.0f);
+          }
 }
 
 TEST(DecodeApply, LargeSixteenBitBucketsAreEqualToo) {
