@@ -1,48 +1,40 @@
 #include "decode_apply_store.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 namespace compressed_ddp {
+namespace {
 
-float store_portable(float* sums, int64_t numel, float scale, float* out, [[maybe_unused]] bool stream) {
-  int64_t i = 0;
-  float zero = 0;
-#if defined(__SSE2__)
-  if (stream) { // needs aligned addresses
-    i = first_aligned(out, numel, 16);
-    zero = store_scalar(sums, 0, i, scale, out);
-  }
-  const __m128 factor = _mm_set1_ps(scale);
-  __m128 zeros = _mm_setzero_ps();
-  const auto scale_four = [&](int64_t at) {
-    const __m128 result = _mm_mul_ps(_mm_loadu_ps(sums + at), factor);
-    zeros = _mm_add_ps(zeros, _mm_mul_ps(result, _mm_setzero_ps()));
-    _mm_storeu_ps(sums + at, _mm_setzero_ps());
-    return result;
+constexpr int64_t kLanes = 8; // sums that do not wait for each other: so the compiler may use vectors
+
+template <typename gradient_t>
+float store(float* sums, int64_t numel, float scale, gradient_t* out, bool) {
+  float lane[kLanes] = {};
+  const auto one = [&](int64_t i, float& zero) {
+    from_float(sums[i] * scale, out[i]);
+    zero += to_float(out[i]) * 0.0f;
+    sums[i] = 0;
   };
-  if (stream) {
-    for (; i + 4 <= numel; i += 4) _mm_stream_ps(out + i, scale_four(i));
-  } else {
-    for (; i + 4 <= numel; i += 4) _mm_storeu_ps(out + i, scale_four(i));
-  }
-  alignas(16) float lane[4];
-  _mm_store_ps(lane, zeros);
-  zero += lane[0] + lane[1] + lane[2] + lane[3];
-#endif
-  return zero + store_scalar(sums, i, numel, scale, out);
+  int64_t i = 0;
+  for (; i + kLanes <= numel; i += kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) one(i + l, lane[l]);
+  for (; i < numel; ++i) one(i, lane[0]);
+  float zero = 0;
+  for (const float of_lane : lane) zero += of_lane;
+  return zero;
 }
 
-StoreKernel best_store() {
+} // namespace
+
+const StoreKernels kPortableStore = {store<float>, store<Float16>, store<BFloat16>};
+
+const StoreKernels& best_store() {
 #if COMPRESSED_DDP_X86
-  static const StoreKernel best = [] {
+  static const StoreKernels& best = [&]() -> const StoreKernels& {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") ? store_avx2 : store_portable;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") ? kAvx2Store : kPortableStore;
   }();
   return best;
 #else
-  return store_portable;
+  return kPortableStore;
 #endif
 }
 

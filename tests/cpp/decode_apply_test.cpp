@@ -152,36 +152,69 @@ TEST(DecodeApply, BucketsThatAreStoredPastTheCachesAreEqualToo) {
   }
 }
 
+template <typename gradient_t>
+void expect_every_store_kernel_to_round(uint64_t seed) {
+  std::vector<const StoreKernels*> kernels = {&kPortableStore};
+#if COMPRESSED_DDP_X86
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) kernels.push_back(&kAvx2Store);
+#endif
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  // Ties, numbers that round to 0 or to Inf in 16 bits, denormals, NaN with a payload, a signalling one.
+  const float specials[] = {0.0f,
+                            -0.0f,
+                            4e-41f,
+                            4 * 65519.0f,
+                            4 * 65520.0f,
+                            -2e5f,
+                            4 * 3.3e38f / 4,
+                            4.0f * 0x1.004p0f,
+                            4.0f * 0x1.01p0f,
+                            4.0f * 0x1p-25f,
+                            4.0f * 0x1.8p-24f,
+                            4.0f * 0x1p-14f,
+                            kInf,
+                            -kInf,
+                            std::bit_cast<float>(0x7fc12345u),
+                            std::bit_cast<float>(0xff812345u)};
+  constexpr int64_t kBorder = 16; // entries that nothing may touch
+  constexpr size_t kLongest = 140;
+  gradient_t border;
+  from_float(9.0f, border);
+  std::mt19937_64 random(seed);
+  std::normal_distribution<float> normal;
+  for (const StoreKernels* store : kernels)
+    for (const bool stream : {false, true})
+      for (size_t numel = 0; numel < kLongest; ++numel)
+        for (size_t begin = 0; begin < 16; ++begin) // of the bucket, behind an aligned address
+          for (const float special : specials) {
+            const size_t at = numel == 0 ? 1 : random() % numel;
+            std::vector<float> sums(numel + 1, 7.0f);
+            std::vector<gradient_t> expected(numel);
+            bool is_finite = true;
+            for (size_t i = 0; i < numel; ++i) {
+              sums[i] = i == at ? special : normal(random);
+              from_float(sums[i] * 0.25f, expected[i]);
+              is_finite = is_finite && std::isfinite(to_float(expected[i]));
+            }
+            alignas(64) gradient_t out[kBorder + 16 + kLongest + kBorder];
+            std::fill(std::begin(out), std::end(out), border);
+            gradient_t* bucket = out + kBorder + begin;
+            const float zero = (*store)(sums.data(), static_cast<int64_t>(numel), 0.25f, bucket, stream);
+            ASSERT_EQ(std::memcmp(bucket, expected.data(), numel * sizeof(gradient_t)), 0) << numel << ' ' << begin << ' ' << special;
+            ASSERT_EQ(zero == 0, is_finite) << special;
+            ASSERT_TRUE(std::all_of(sums.begin(), sums.end() - 1, [](float sum) { return std::bit_cast<uint32_t>(sum) == 0; }));
+            ASSERT_EQ(sums.back(), 7.0f);
+            for (int64_t i = 1; i <= kBorder; ++i)
+              ASSERT_TRUE(to_float(bucket[-i]) == 9.0f && to_float(bucket[static_cast<int64_t>(numel) + i - 1]) == 9.0f);
+          }
+}
+
 TEST(DecodeApply, EveryStoreKernelGivesTheSameBits) {
   constexpr uint64_t kSeed = 6;
   SCOPED_TRACE("seed " + std::to_string(kSeed));
-  std::vector<StoreKernel> kernels = {store_portable};
-#if COMPRESSED_DDP_X86
-  if (__builtin_cpu_supports("avx2")) kernels.push_back(store_avx2);
-#endif
-  constexpr float kInf = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
-  constexpr int64_t kBorder = 8; // entries that nothing may touch
-  std::mt19937_64 random(kSeed);
-  std::normal_distribution<float> normal;
-  for (const StoreKernel store : kernels)
-    for (const bool stream : {false, true})
-      for (int64_t numel = 0; numel < 140; ++numel)
-        for (int64_t begin = 0; begin < 8; ++begin) // of the bucket, behind an aligned address
-          for (const float special : {0.0f, -0.0f, 1e-41f, 3e38f, kInf, -kInf, kNan}) {
-            const int64_t at = numel == 0 ? -1 : static_cast<int64_t>(random() % static_cast<uint64_t>(numel));
-            std::vector<float> sums(static_cast<size_t>(numel + 1), 7.0f), expected;
-            for (int64_t i = 0; i < numel; ++i) sums[static_cast<size_t>(i)] = i == at ? special : normal(random);
-            for (int64_t i = 0; i < numel; ++i) expected.push_back(sums[static_cast<size_t>(i)] * 0.25f);
-            alignas(64) float out[8 + kBorder + 140 + kBorder];
-            std::fill(std::begin(out), std::end(out), 9.0f);
-            float* bucket = out + kBorder + begin;
-            const float zero = store(sums.data(), numel, 0.25f, bucket, stream);
-            ASSERT_EQ(std::memcmp(bucket, expected.data(), expected.size() * sizeof(float)), 0) << numel << ' ' << begin << ' ' << special;
-            ASSERT_EQ(zero == 0, at < 0 || std::isfinite(special));
-            ASSERT_TRUE(std::all_of(sums.begin(), sums.end() - 1, [](float sum) { return std::bit_cast<uint32_t>(sum) == 0; }));
-            ASSERT_EQ(sums.back(), 7.0f);
-            for (int64_t i = 1; i <= kBorder; ++i) ASSERT_TRUE(bucket[-i] == 9.0f && bucket[numel + i - 1] == 9.0f);
-          }
+  expect_every_store_kernel_to_round<float>(kSeed);
+  expect_every_store_kernel_to_round<Float16>(kSeed);
+  expect_every_store_kernel_to_round<BFloat16>(kSeed);
 }
 
 TEST(DecodeApply, LargeSixteenBitBucketsAreEqualToo) {
