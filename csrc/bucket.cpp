@@ -1,5 +1,7 @@
 #include "bucket.h"
 
+#include <ATen/ops/add.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -210,17 +212,21 @@ void Bucket::note_sums() {
   last.sent_sq = sums.sent_sq;
 }
 
-void Bucket::take_residuals(at::Tensor& gradient, const std::vector<uint8_t>& unused, ResidualStore& residuals) {
-  int64_t begin = 0; // of the entry, in the bucket
+std::vector<Bucket::Compensated> Bucket::take_residuals(const at::Tensor& gradient, const std::vector<uint8_t>& unused,
+                                                        ResidualStore& residuals) {
+  std::vector<Compensated> compensated;
+  taken_.reserve(key_.entries.size()); // before anything is in between
+  int64_t begin = 0;                   // of the entry, in the bucket
   for (size_t e = 0; e < key_.entries.size(); ++e) {
     const EntryPtr& entry = key_.entries[e];
     const int64_t offset = std::exchange(begin, begin + entry->numel);
     if (!entry->residual.defined() || (e < unused.size() && unused[e] != 0)) continue;
     exchange_.reset(); // it points at them
     residuals.ensure_residual(*entry, gradient.device());
-    gradient.narrow(0, offset, entry->numel).add_(entry->residual);
+    compensated.push_back({offset, at::add(gradient.narrow(0, offset, entry->numel), entry->residual)});
     taken_.emplace_back(entry, std::exchange(entry->residual, at::Tensor()));
   }
+  return compensated;
 }
 
 void Bucket::restore(const uint32_t* condition) {

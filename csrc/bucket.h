@@ -71,9 +71,13 @@ class Bucket {
   // exchange().begin. unused: per entry.
   void begin(const at::Tensor& gradient, const std::vector<uint8_t>& unused, int64_t step);
   void note_sums(); // what the exchange says of this step so far
-  // Dense: what this rank holds back of its parameters is added to `gradient`, and travels with it. The residuals are gone from the store
-  // until restore; forget_sent frees them.
-  void take_residuals(at::Tensor& gradient, const std::vector<uint8_t>& unused, ResidualStore& residuals);
+  // Dense: what this rank holds back of its parameters travels with the gradient. The residuals are gone from the store until restore;
+  // forget_sent frees them.
+  struct Compensated {
+    int64_t begin;  // in the bucket
+    at::Tensor sum; // of gradient and residual, fp32
+  };
+  std::vector<Compensated> take_residuals(const at::Tensor& gradient, const std::vector<uint8_t>& unused, ResidualStore& residuals);
   bool has_taken() const { return !taken_.empty(); }
   // What was sent last comes back, once; or is spent: it reached every rank and the step counts. condition: as in Stages::restore.
   void restore(const uint32_t* condition = nullptr);

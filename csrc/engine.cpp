@@ -333,16 +333,6 @@ void Engine::mark_failed(Bucket& bucket) {
   progress_->step_is_bad = progress_->step_is_bad || !bucket.is_independent();
 }
 
-// Selects and encodes. Behind note_sparse: should it stop halfway, what it has taken comes back.
-void Engine::begin(Bucket& bucket, const Request& request) {
-  try {
-    bucket.begin(request.buffer, request.unused, step_);
-  } catch (...) {
-    mark_failed(bucket);
-    throw;
-  }
-}
-
 std::shared_ptr<Bucket> Engine::find_bucket(const Request& request) const {
   const GradientType type = gradient_type(request.buffer);
   const auto [begin, end] = buckets_.equal_range(first_entry(request.entries));

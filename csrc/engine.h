@@ -178,10 +178,20 @@ class Engine {
     int exceptions_;
   };
   void note_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);
-  void begin(Bucket& bucket, const Request& request);
   void mark_failed(Bucket& bucket); // what this step has taken out of its residual goes back
-  // A dense bucket: its norm; its residuals; the gradient in the type in which it travels, which is the result.
-  at::Tensor begin_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);
+  // For what follows note_sparse or note_dense.
+  template <typename Function>
+  auto or_mark_failed(Bucket& bucket, Function&& function) {
+    try {
+      return function();
+    } catch (...) {
+      mark_failed(bucket);
+      throw;
+    }
+  }
+  // A dense bucket, behind note_dense: the gradient, with residuals, in the type in which it travels; divided, so that its sum is the
+  // average.
+  at::Tensor begin_dense(Bucket& bucket, const Request& request, int64_t world_size);
   void note_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size);
   bool may_come_back() const; // something that some bucket of this step sends
   struct Run;                 // engine_exchange.cpp
@@ -248,6 +258,7 @@ class Engine {
   std::set<uint64_t> agreed_;                         // identities of the buckets that the ranks have compared; survives load(), see there
   double agreement_bytes_ = 0;                        // sent for comparisons in the current step
   bool has_compressed_ = false;
+  bool past_dense_steps_ = false; // some bucket has come behind them, sparse or by a choice of auto
   Metrics metrics_;
 
   std::set<size_t> seen_indices_; // of DDP buckets, to notice a second model when nothing is bound

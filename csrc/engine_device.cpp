@@ -97,7 +97,7 @@ void Engine::sparse_on_device(const std::shared_ptr<Bucket>& bucket, const Reque
   if (!bucket->is_prepared(plan))
     bucket->prepare(plan, residuals_, stages_on_device(request.buffer.device(), bucket->key().type, bucket->report));
   note_sparse(bucket, request, world_size);
-  begin(*bucket, request);
+  or_mark_failed(*bucket, [&] { bucket->begin(request.buffer, request.unused, step_); });
   at::Tensor buffer = request.buffer;
   Exchange& exchange = bucket->exchange();
   const auto begun = std::make_shared<int>(0);
@@ -156,18 +156,20 @@ void Engine::dense_on_device(const std::shared_ptr<Bucket>& bucket, const Reques
   if (looks) give_report(*bucket, buffer.device());
   try {
     device_stream_->run([&] {
-      at::Tensor sent = begin_dense(bucket, request, process_group.getSize());
-      const WorkPtr work = start_all_reduce(process_group, sent);
-      unsent.all_begun();
-      work->wait();
-      if (!sent.is_same(buffer)) buffer.copy_(sent);
-      if (!looks) return;
-      const at::Tensor bad = is_non_finite(buffer).to(at::kInt).reshape({1});
-      auto* flag = const_cast<uint32_t*>(bucket->report->step_is_bad());
-      at::from_blob(flag, {1}, bad.options()).bitwise_or_(bad);
+      note_dense(bucket, request, process_group.getSize());
+      or_mark_failed(*bucket, [&] {
+        at::Tensor sent = begin_dense(*bucket, request, process_group.getSize());
+        const WorkPtr work = start_all_reduce(process_group, sent);
+        unsent.all_begun();
+        work->wait();
+        if (!sent.is_same(buffer)) buffer.copy_(sent);
+        if (!looks) return;
+        const at::Tensor bad = is_non_finite(buffer).to(at::kInt).reshape({1});
+        auto* flag = const_cast<uint32_t*>(bucket->report->step_is_bad());
+        at::from_blob(flag, {1}, bad.options()).bitwise_or_(bad);
+      });
     });
   } catch (const std::exception& error) {
-    mark_failed(*bucket);
     std::rethrow_exception(failed_exchange({bucket, step_, process_group.getRank(), process_group.getSize()}, error));
   }
 }

@@ -224,23 +224,24 @@ void Engine::reduce_sparse(const std::shared_ptr<Bucket>& bucket, const Request&
   const Bucket::Plan how = plan_of(*process_group, density_of_current_step());
   if (!bucket->is_prepared(how)) bucket->prepare(how, residuals_, stages_on_cpu(how.kind));
   note_sparse(bucket, request, world_size);
-  begin(*bucket, request);
-
-  auto run = std::make_shared<Run>();
-  run->place = {bucket, step_, static_cast<int>(rank), static_cast<int>(world_size)};
-  run->num_collectives = bucket->exchange().num_collectives();
-  run->start = [bucket, of_collective](int collective) {
-    const c10::intrusive_ptr<c10d::ProcessGroup> group = of_collective[static_cast<size_t>(collective)].lock();
-    TORCH_CHECK(group, "the process group is gone");
-    return bucket->exchange().start(collective, *group);
-  };
-  run->finish = [bucket, buffer = request.buffer](int collective) mutable {
-    const bool bad = bucket->exchange().finish(collective, buffer);
-    bucket->note_sums();
-    return bad;
-  };
-  run->refuse = [bucket](int collective, bool arrived) { return bucket->exchange().refuse(collective, arrived); };
-  start(std::move(run), request);
+  or_mark_failed(*bucket, [&] {
+    bucket->begin(request.buffer, request.unused, step_);
+    auto run = std::make_shared<Run>();
+    run->place = {bucket, step_, static_cast<int>(rank), static_cast<int>(world_size)};
+    run->num_collectives = bucket->exchange().num_collectives();
+    run->start = [bucket, of_collective](int collective) {
+      const c10::intrusive_ptr<c10d::ProcessGroup> group = of_collective[static_cast<size_t>(collective)].lock();
+      TORCH_CHECK(group, "the process group is gone");
+      return bucket->exchange().start(collective, *group);
+    };
+    run->finish = [bucket, buffer = request.buffer](int collective) mutable {
+      const bool bad = bucket->exchange().finish(collective, buffer);
+      bucket->note_sums();
+      return bad;
+    };
+    run->refuse = [bucket](int collective, bool arrived) { return bucket->exchange().refuse(collective, arrived); };
+    start(std::move(run), request);
+  });
 }
 
 void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& request,
@@ -248,19 +249,21 @@ void Engine::reduce_dense(const std::shared_ptr<Bucket>& bucket, const Request& 
   const int64_t world_size = process_group->getSize();
   agree(bucket, *process_group, at::kCPU);
   const Unsent unsent(order_is_lost_, world_size);
-  at::Tensor buffer = request.buffer;
-  at::Tensor sent = begin_dense(bucket, request, world_size);
-  auto run = std::make_shared<Run>();
-  run->place = {bucket, step_, process_group->getRank(), static_cast<int>(world_size)};
-  run->num_collectives = 1;
-  run->start = [group = c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group), sent](int) mutable {
-    return start_all_reduce(*group.lock(), sent);
-  };
-  run->finish = [buffer, sent, looks = may_come_back()](int) mutable {
-    if (!sent.is_same(buffer)) buffer.copy_(sent);
-    return looks && is_non_finite(buffer).item<bool>();
-  };
-  start(std::move(run), request);
+  note_dense(bucket, request, world_size);
+  or_mark_failed(*bucket, [&] {
+    at::Tensor sent = begin_dense(*bucket, request, world_size);
+    auto run = std::make_shared<Run>();
+    run->place = {bucket, step_, process_group->getRank(), static_cast<int>(world_size)};
+    run->num_collectives = 1;
+    run->start = [group = c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group), sent](int) mutable {
+      return start_all_reduce(*group.lock(), sent);
+    };
+    run->finish = [buffer = request.buffer, sent, looks = may_come_back()](int) mutable {
+      if (!sent.is_same(buffer)) buffer.copy_(sent);
+      return looks && is_non_finite(buffer).item<bool>();
+    };
+    start(std::move(run), request);
+  });
 }
 
 at::Tensor is_non_finite(const at::Tensor& tensor) {
@@ -269,24 +272,24 @@ at::Tensor is_non_finite(const at::Tensor& tensor) {
   return (at::isfinite(least) & at::isfinite(largest)).logical_not();
 }
 
-at::Tensor Engine::begin_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size) {
+at::Tensor Engine::begin_dense(Bucket& bucket, const Request& request, int64_t world_size) {
+  std::vector<Bucket::Compensated> compensated;
+  // Behind the dense steps: of parameters that were in a sparse bucket, or that were loaded.
+  if (options_.error_feedback && step_ >= options_.dense_steps)
+    compensated = bucket.take_residuals(request.buffer, request.unused, residuals_);
   at::Tensor buffer = request.buffer;
-  note_dense(bucket, request, world_size);
-  try {
-    // Behind the dense steps: parameters that were in a sparse bucket, or that were loaded.
-    if (options_.error_feedback && step_ >= options_.dense_steps) bucket->take_residuals(buffer, request.unused, residuals_);
-    // Divided before the sum, so that fp16 does not overflow. Often the buffer itself.
-    return buffer.div_(world_size).to(dense_type(bucket->key().type));
-  } catch (...) {
-    mark_failed(*bucket);
-    throw;
-  }
+  // Divided before the sum, so that fp16 does not overflow. Often the buffer itself.
+  at::Tensor sent = buffer.div_(world_size).to(dense_type(bucket.key().type));
+  for (auto& [begin, sum] : compensated) sent.narrow(0, begin, sum.numel()).copy_(sum.div_(world_size));
+  return sent;
 }
 
 // If not, whether the result is finite is of no importance here. A dense bucket is skipped by the optimizer together with sparse ones.
 bool Engine::may_come_back() const {
-  return !is_dense_step() || residuals_.has_residuals() ||
-         std::any_of(step_buckets_.begin(), step_buckets_.end(), [](const auto& bucket) { return bucket->has_taken(); });
+  if (!is_dense_step()) return true;
+  return options_.error_feedback && step_ >= options_.dense_steps &&
+         (residuals_.has_residuals() ||
+          std::any_of(step_buckets_.begin(), step_buckets_.end(), [](const auto& bucket) { return bucket->has_taken(); }));
 }
 
 at::ScalarType Engine::dense_type(GradientType type) const {
@@ -318,14 +321,25 @@ void Engine::reduce_through_host(const Request& request, const c10::intrusive_pt
     reduce_sparse(bucket, host, process_group);
   host.future->waitAndThrow();
   at::Tensor buffer = request.buffer;
-  buffer.copy_(host.buffer);
+  or_mark_failed(*bucket, [&] { buffer.copy_(host.buffer); });
   request.future->markCompleted(request.result, std::vector{buffer.storage().getWeakStorageImpl()});
+}
+
+// Piece by piece: of 16-bit entries torch makes an fp32 copy, and that stays in the caches.
+static double squares_on_cpu(const at::Tensor& flat) {
+  constexpr int64_t kPieceNumel = 1 << 18;
+  double sum = 0;
+  for (const at::Tensor& piece : flat.split(kPieceNumel)) {
+    const double norm = at::linalg_vector_norm(piece.to(at::kFloat), 2).item<double>();
+    sum += norm * norm;
+  }
+  return sum;
 }
 
 // ---- what the metrics say of a bucket, as far as the host knows it without looking at entries
 
 void Engine::note_sparse(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size) {
-  has_compressed_ = true;
+  has_compressed_ = past_dense_steps_ = true;
   const auto gradient_bytes = static_cast<int64_t>(request.buffer.nbytes());
   bucket->last.step = step_;
   bucket->last.dense = false;
@@ -337,6 +351,7 @@ void Engine::note_sparse(const std::shared_ptr<Bucket>& bucket, const Request& r
 }
 
 void Engine::note_dense(const std::shared_ptr<Bucket>& bucket, const Request& request, int64_t world_size) {
+  past_dense_steps_ = past_dense_steps_ || !is_dense_step();
   const auto gradient_bytes = static_cast<int64_t>(request.buffer.nbytes());
   bucket->last = {};
   bucket->last.step = step_;
@@ -346,12 +361,14 @@ void Engine::note_dense(const std::shared_ptr<Bucket>& bucket, const Request& re
   bucket->last.payload_bytes = static_cast<double>(sent_bytes);
   bucket->last.dense_bytes = ring_all_reduce_sent_bytes(world_size, gradient_bytes);
   bucket->last.bytes_sent.all_reduce = ring_all_reduce_sent_bytes(world_size, sent_bytes);
-  const at::Tensor norm = at::linalg_vector_norm(request.buffer, 2, std::nullopt, false, at::kFloat);
+  double gradient_sq = 0;
 #if COMPRESSED_DDP_CUDA
-  if (bucket->key().on_device) bucket->dense_norm = norm; // metrics() reads it, and only then waits
+  if (bucket->key().on_device) // metrics() reads it, and only then waits
+    bucket->dense_norm = at::linalg_vector_norm(request.buffer, 2, std::nullopt, false, at::kFloat);
+  else
 #endif
-  const double on_host = bucket->key().on_device ? 0 : norm.item<double>();
-  bucket->last.gradient_sq = bucket->last.sent_sq = on_host * on_host;
+    gradient_sq = squares_on_cpu(request.buffer);
+  bucket->last.gradient_sq = bucket->last.sent_sq = gradient_sq;
   step_buckets_.push_back(bucket);
 }
 

@@ -46,7 +46,7 @@ void Engine::reset() {
   agreed_.clear();
   agreed_step_ = density_step_ = -1;
   step_ = 0;
-  step_begun_ = has_compressed_ = progress_->step_is_bad = false;
+  step_begun_ = has_compressed_ = past_dense_steps_ = progress_->step_is_bad = false;
   agreement_bytes_ = 0;
   metrics_ = {};
 }
@@ -73,13 +73,13 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::export_residuals() {
   return residuals;
 }
 
-// Once ranks have compressed, the buckets that they have compared stay compared: if only one rank loads in the middle of a run, it
-// must not start a comparison that the others do not take part in. Every payload carries its step (modulo 65536), so all notice at the next
-// exchange.
+// Once ranks are past their dense steps, the buckets that they have compared stay compared: if only one rank loads in the middle of a run,
+// it must not start a comparison that the others do not take part in. Every payload carries its step (modulo 65536), so all notice at the
+// next exchange of payloads; where all buckets travel dense, nothing depends on the step.
 void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Tensor>>& residuals, const std::optional<Shard>& shard,
                   const std::vector<ShardPlace>& places) {
   const std::lock_guard lock(mutex_);
-  TORCH_CHECK_VALUE(!(has_compressed_ && step < options_.dense_steps),
+  TORCH_CHECK_VALUE(!(past_dense_steps_ && step < options_.dense_steps),
                     "TopKEFState.load_state_dict: this state is past its dense steps and cannot go back to step ", step,
                     " (dense_steps=", options_.dense_steps, "); call reset() on every rank first");
 #if COMPRESSED_DDP_CUDA
@@ -90,7 +90,7 @@ void Engine::load(int64_t step, const std::vector<std::pair<std::string, at::Ten
 #if COMPRESSED_DDP_CUDA
   clear_reports();
 #endif
-  if (!has_compressed_ && is_dense_step() && !is_ever_dense()) agreed_.clear(); // they meet in a comparison in every step
+  if (!past_dense_steps_ && is_dense_step() && !is_ever_dense()) agreed_.clear(); // they meet in a comparison in every step
   residuals_.forget_steps();
   buckets_.clear();
   step_buckets_.clear();

@@ -23,7 +23,7 @@ const FilterKernels& best_filter() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
       return kAvx512Filter;
-    // F16C came before AVX2 on every x86-64 processor; g++ 12 has no name for it in __builtin_cpu_supports.
+    // F16C came before AVX2 on every x86-64 processor; Clang 14 has no name for it in __builtin_cpu_supports.
     if (__builtin_cpu_supports("avx2")) return kAvx2Filter;
     return kPortableFilter;
   }();

@@ -29,8 +29,8 @@ const StoreKernels kPortableStore = {store<float>, store<Float16>, store<BFloat1
 const StoreKernels& best_store() {
 #if COMPRESSED_DDP_X86
   static const StoreKernels& best = [&]() -> const StoreKernels& {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") ? kAvx2Store : kPortableStore;
+    __builtin_cpu_init(); // F16C: as in compensate_select_filter_portable.cpp
+    return __builtin_cpu_supports("avx2") ? kAvx2Store : kPortableStore;
   }();
   return best;
 #else

@@ -2,7 +2,6 @@
 // computed in a piece of its own, so that nothing here calls a scalar function that another object might then share.
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cstring>
 #include <iterator>
 
@@ -107,7 +106,8 @@ float store(float* sums, int64_t numel, float scale, gradient_t* out, bool strea
   int64_t i = 0;
   if (stream) {
     const uintptr_t behind = (kAlignment - reinterpret_cast<uintptr_t>(out) % kAlignment) % kAlignment;
-    i = std::min(numel, static_cast<int64_t>(behind / sizeof(gradient_t)));
+    i = static_cast<int64_t>(behind / sizeof(gradient_t));
+    if (i > numel) i = numel;
     tile.store_part(0, i);
     for (; i + kPiece <= numel; i += kPiece) tile.store_piece(i, [](__m256i* to, __m256i bits) { _mm256_stream_si256(to, bits); });
   } else {

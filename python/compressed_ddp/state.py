@@ -495,12 +495,6 @@ class TopKEFState:
                 + ", ".join(differing),
                 stacklevel=2,
             )
-        if state_dict["residuals"] and (self._exchange_name() or "").startswith("dense"):
-            warnings.warn(
-                f"TopKEFState.load_state_dict: exchange={self.exchange!r} sends whole gradients, so what the saved residuals of "
-                f"{len(state_dict['residuals'])} parameters hold will never be sent; use the exchange that they were saved with",
-                stacklevel=2,
-            )
         costs = self._costs_to_load(state_dict)
         self._engine.load(step, list(state_dict["residuals"].items()), shard, places)
         if costs is not None:

@@ -208,7 +208,7 @@ def test_a_selection_that_was_refused_halfway_leaves_a_workspace_for_the_next_on
 
 
 def refused_in_the_second_range(rank: int, world_size: int) -> tuple[str, Tensor, Tensor]:
-    state = TopKEFState(**OPTIONS, exchange="split")
+    state = TopKEFState(**(OPTIONS | {"exchange": "split"}))
     all_reduce_(gradient(rank, 0), state, name="w")
     before = state.state_dict()["residuals"]["w"]
     Runtime().refuse_launch(6)  # the first of the second range

@@ -85,6 +85,57 @@ def test_a_residual_travels_whole_with_the_first_dense_bucket_and_is_gone(
         assert sent.metrics["compressed_ddp/residual_norm"] == 0
 
 
+def send_what_only_the_average_holds(
+    rank: int, world_size: int, exchange: Any, dtype: torch.dtype, value: float, held_back: float
+) -> tuple[Tensor, list[str]]:
+    saved = saved_behind_sparse_steps(rank)
+    saved["residuals"]["w"] = torch.full((NUMEL,), held_back if rank == 0 else 0.0)
+    state = TopKEFState(density=0.01, dense_steps=0, exchange=exchange, value_format="fp32")
+    state.load_state_dict(saved)
+    gradient = torch.full((NUMEL,), value if rank == 0 else -value).to(dtype)
+    return all_reduce_(gradient, state, name="w"), sorted(state.state_dict()["residuals"])
+
+
+@pytest.mark.parametrize(
+    ("exchange", "dtype", "value", "held_back", "average"),
+    [
+        # 70,016 is more than float16 holds, its half is not.
+        (DENSE, torch.float16, 0.0, 70_016.0, 35_008.0),
+        ("dense", torch.float16, 0.0, -70_016.0, -35_008.0),
+        ("dense_fp16", torch.float32, 0.0, 70_016.0, 35_008.0),
+        # bfloat16 has no number between 256 and 258; float32, in which it travels, has.
+        ("dense_fp32", torch.bfloat16, 256.0, 0.5, 0.25),
+    ],
+)
+def test_gradient_and_residual_are_added_and_divided_in_fp32(
+    pools: ranks.Pools,
+    exchange: Any,
+    dtype: torch.dtype,
+    value: float,
+    held_back: float,
+    average: float,
+) -> None:
+    outcomes = pools.run(2, send_what_only_the_average_holds, exchange, dtype, value, held_back)
+    expected = torch.full((NUMEL,), average).to(dtype)
+    for result, names in outcomes:
+        assert_same_bits(result, expected, "the average")
+        assert names == []
+
+
+def reduce_in_dense_steps(rank: int, world_size: int) -> tuple[list[Tensor], Tensor]:
+    state = TopKEFState(density=0.01, dense_steps=2, exchange=DENSE)
+    state.load_state_dict({**saved_behind_sparse_steps(rank), "step": 0})
+    results = [all_reduce_(whole(rank, step), state, name="w") for step in range(2)]
+    return results, residual_of(state, NUMEL)
+
+
+def test_the_dense_steps_leave_residuals_alone(pools: ranks.Pools) -> None:
+    for results, residual in pools.run(2, reduce_in_dense_steps):
+        for step, result in enumerate(results):
+            assert_same_bits(result, sum(whole(r, step) for r in range(2)) / 2, f"step {step}")
+        assert residual.any()
+
+
 def skip_steps(rank: int, world_size: int, exchange: Any) -> dict[str, Tensor]:
     state = going_on(rank, exchange)
     seen = {"before": residual_of(state, NUMEL)}

@@ -423,19 +423,6 @@ def test_a_state_past_its_dense_steps_does_not_go_back_to_them_without_reset():
         assert step == 0
 
 
-def test_residuals_that_an_exchange_of_whole_gradients_would_never_send_are_warned_about() -> None:
-    saved = {
-        "version": 1, "rank": 0, "world_size": 1, "step": 3, "residuals": {"w": torch.ones(8)},
-    }  # fmt: skip
-    for exchange in ("dense", "dense_bf16"):
-        with pytest.warns(UserWarning, match="residuals of 1 parameters hold will never be sent"):
-            TopKEFState(exchange=exchange).load_state_dict(saved)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        TopKEFState().load_state_dict(saved)
-        TopKEFState(exchange="dense").load_state_dict({**saved, "residuals": {}})
-
-
 def test_other_options_are_warned_about_and_not_taken():
     state = TopKEFState(
         exchange="allgather",
