@@ -26,7 +26,8 @@ using namespace compressed_ddp;
 namespace {
 
 constexpr int64_t kWorldSize = 8;
-constexpr int64_t kNumBuffers = 4; // gradients and outputs rotate, so that none is found in a cache
+// Gradients and outputs rotate, so that none is found in a cache; and no divisor of the number of arms, so that each arm gets each buffer.
+constexpr int64_t kNumBuffers = 5;
 constexpr int64_t kWindowNumel = 1 << 16;
 
 constexpr auto in_one_go = [](int64_t count, auto&& run) { run(int64_t{0}, count); };

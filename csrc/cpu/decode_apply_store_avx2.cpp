@@ -104,7 +104,8 @@ template <typename gradient_t>
 float store(float* sums, int64_t numel, float scale, gradient_t* out, bool stream) {
   Tile<gradient_t> tile(sums, scale, out);
   int64_t i = 0;
-  if (stream) {
+  const bool can_align = reinterpret_cast<uintptr_t>(out) % sizeof(gradient_t) == 0; // else no entry begins at an aligned address
+  if (stream && can_align) {
     const uintptr_t behind = (kAlignment - reinterpret_cast<uintptr_t>(out) % kAlignment) % kAlignment;
     i = static_cast<int64_t>(behind / sizeof(gradient_t));
     if (i > numel) i = numel;

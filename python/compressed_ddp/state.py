@@ -329,7 +329,8 @@ class TopKEFState:
         if self._loaded_rank is not None:
             _check_same_rank(self._loaded_rank, (process_group.rank(), world_size))
             self._loaded_rank = None
-        if world_size == 1:
+        dense = (self._exchange_name() or "").startswith("dense")
+        if world_size == 1 and not dense and self._exchange_name() != "auto":
             warnings.warn(
                 "compressed_ddp: the process group has one rank: nothing is sent, but the gradient is still reduced to its "
                 "largest entries; leave the hook out when training on one process",
@@ -413,7 +414,7 @@ class TopKEFState:
 
         Every rank has its own residuals: save it on every rank. Waits for exchanges in flight. With exchange="hierarchical" a residual
         is this rank's shard, flat, and "shard" tells of it: its index, of how many, and where it lies in every parameter. With
-        exchange="auto", "auto" holds the costs and the choices.
+        exchange="auto", "auto" holds its options, and as soon as there are any the costs and the choices.
 
         Raises:
             ValueError: the parameters have no names yet.
@@ -429,7 +430,7 @@ class TopKEFState:
         }
         costs = self.exchange_costs()
         if costs is not None:
-            state_dict["auto"] = {
+            state_dict["auto"] |= {
                 "costs": dataclasses.asdict(costs),
                 "choices": self.exchange_choices(),
             }
@@ -484,10 +485,11 @@ class TopKEFState:
         if step < 0:
             raise ValueError(f"TopKEFState.load_state_dict: step must be >= 0, got {step}")
         shard, places = _checked_shard(state_dict, self._exchange_name())
+        saved, now = _comparable(state_dict), _comparable(self._options())
         differing = [
-            f"{option} (saved {state_dict[option]!r}, now {value!r})"
-            for option, value in self._options().items()
-            if option in state_dict and state_dict[option] != value
+            f"{option} (saved {saved[option]!r}, now {value!r})"
+            for option, value in now.items()
+            if option in saved and saved[option] != value
         ]
         if differing:
             warnings.warn(
@@ -505,7 +507,7 @@ class TopKEFState:
 
     def _options(self) -> dict[str, Any]:
         """The options that matter to a checkpoint."""
-        return {
+        options = {
             "density": self.density if isinstance(self.density, float) else -1.0,
             "scope": self.scope,
             "value_format": self.value_format,
@@ -515,6 +517,12 @@ class TopKEFState:
             "dense_steps": self.dense_steps,
             "min_compress_numel": self.min_compress_numel,
         }
+        if self._exchange_name() == "auto":
+            options["auto"] = {
+                "sparse": self._automatic.sparse or "default",
+                "dense": self._automatic.dense,
+            }
+        return options
 
     def _costs_to_load(self, state_dict: dict[str, Any]) -> ExchangeCosts | None:
         if self._exchange_name() != "auto" or self._automatic.costs is not None:
@@ -572,10 +580,21 @@ def _checked_ranks_per_node(ranks_per_node: Any, exchange: str | None) -> int:
     return count
 
 
+def _comparable(options: dict[str, Any]) -> dict[str, Any]:
+    """With the members of "auto" that are options beside the others."""
+    auto = options.get("auto")
+    members = auto if isinstance(auto, dict) else {}
+    return (
+        options
+        | {f"AutoExchange.{name}": members[name] for name in ("sparse", "dense") if name in members}
+        | {"auto": None}
+    )
+
+
 def _checked_costs(state_dict: dict[str, Any]) -> ExchangeCosts | None:
     saved = state_dict.get("auto")
-    if saved is None:
-        return None
+    if saved is None or (isinstance(saved, dict) and saved.keys() <= {"sparse", "dense"}):
+        return None  # nothing had been measured yet
     try:
         return ExchangeCosts(**saved["costs"])
     except (KeyError, TypeError, ValueError) as error:

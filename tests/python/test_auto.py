@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -277,6 +278,34 @@ def test_a_non_finite_dense_bucket_gives_back_what_sparse_ones_sent_in_its_step(
     for choices, kinds, count, good in pools.run(2, reduce_with_inf_in_the_dense_bucket):
         assert kinds == ["allgather", "dense"], choices
         assert count > 0 and good, "as if the step had sent nothing"
+
+
+def reduce_alone(rank: int, world_size: int) -> tuple[bool, str]:
+    state = TopKEFState(density=0.1, dense_steps=0, exchange="auto")
+    tensor = gradient("normal", 0, 0, 0, 5000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = all_reduce_(tensor.clone(), state, name="w")
+    return torch.equal(result, tensor), state.exchange_choices()[0]["exchange"]
+
+
+def test_one_rank_sends_nothing_and_selects_nothing() -> None:
+    assert ranks.run(1, reduce_alone) == [(True, "dense")]
+
+
+def test_a_state_that_is_loaded_into_another_auto_exchange_is_warned_about() -> None:
+    saved = TopKEFState(exchange=AutoExchange("allgather", "dense")).state_dict()
+    assert saved["auto"] == {"sparse": "allgather", "dense": "dense"}
+    other = TopKEFState(exchange=AutoExchange("split", "dense_bf16"))
+    words = (
+        r"AutoExchange.sparse \(saved 'allgather', now 'split'\), "
+        r"AutoExchange.dense \(saved 'dense', now 'dense_bf16'\)$"
+    )
+    with pytest.warns(UserWarning, match=words):
+        other.load_state_dict(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TopKEFState(exchange=AutoExchange("allgather", "dense")).load_state_dict(saved)
 
 
 def reduce_by_exchange_of_rank(rank: int, world_size: int, exchanges: list[AutoExchange]) -> str:

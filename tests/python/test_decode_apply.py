@@ -72,6 +72,23 @@ def test_one_flag_turns_the_whole_bucket_into_nan(dtype, value_format, seed):
     assert torch.isnan(bucket).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_large_bucket_may_lie_between_the_addresses_of_its_type(dtype, seed):
+    """A view of bytes: stores past the caches need an aligned address, which no entry of it has."""
+    numel = (17 << 20) // dtype.itemsize
+    layout = Layout([numel], [0], [5000])
+    gathered = encoded_by(ops, layout, 2, seed=seed)
+    expected = torch.empty(numel, dtype=dtype)
+    ops.decode_apply_(expected, gathered, *layout.arguments)
+    memory = bytearray(numel * dtype.itemsize + 64)
+    begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 32 + 1
+    bucket = torch.frombuffer(memory, dtype=dtype, count=numel, offset=begin)
+    assert bucket.data_ptr() % dtype.itemsize == 1
+    ops.decode_apply_(bucket, gathered, *layout.arguments)
+    assert_same_bits(bucket, expected)
+    assert not any(memory[:begin]) and not any(memory[begin + numel * dtype.itemsize :])
+
+
 def test_ranks_are_added_in_order_and_scaled_once(seed):
     layout = Layout([1], [0], [1])
     parts = [1e8, 1.0, -1e8]  # another order of addition gives another sum
