@@ -91,8 +91,16 @@ def run_rank(
         answer_count(interface)
         say({"bytes_sent": counted, "counted_by": arm.bytes_sent(world_size)[1]})
         arm.drop()
-    sys.stdin.readline()  # no rank leaves before all have been counted
+    end_rank()  # no rank leaves before all have been counted
+
+
+def end_rank() -> None:
+    """Wait until the parent has heard all ranks; leave the group."""
+    sys.stdin.readline()
     dist.destroy_process_group()
+    time.sleep(
+        0.1
+    )  # for Gloo's threads, which may end the process otherwise: examples/processes.py
 
 
 def join(rank: int, world_size: int, interface: str, folder: str) -> None:

@@ -39,6 +39,7 @@ from bench_wire import (
     Namespaces,
     can_use_namespaces,
     end,
+    end_rank,
     join,
     leave,
     say,
@@ -114,8 +115,7 @@ def run_rank(
     sent = {name: arm.bytes_sent(world_size) for name, arm in arms.items()}
     choices = arms[AUTO].state.exchange_choices() if AUTO in arms else []
     say({"samples": samples, "sent": sent, "choices": choices})
-    sys.stdin.readline()
-    dist.destroy_process_group()
+    end_rank()
 
 
 # ---- the parent
