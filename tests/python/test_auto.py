@@ -243,6 +243,30 @@ def load_behind_measurements(rank: int, world_size: int) -> tuple[str, str]:
     return message, state.exchange_choices()[0]["exchange"]
 
 
+def load_an_early_step(rank: int, world_size: int) -> str:
+    """On one rank: it would begin a comparison that the other does not take part in."""
+    state = TopKEFState(density=DENSITY, dense_steps=2, exchange=AutoExchange(costs=FAST_NETWORK))
+    early = state.state_dict()
+    for _ in range(3):
+        all_reduce_(torch.ones(5000), state, name="w")
+    assert [choice["exchange"] for choice in state.exchange_choices()] == ["dense"]
+    message = ""
+    if rank == 1:
+        try:
+            state.load_state_dict(early)
+        except ValueError as error:
+            message = str(error)
+    all_reduce_(torch.ones(5000), state, name="w")
+    return message
+
+
+def test_a_rank_whose_buckets_all_travel_dense_does_not_go_back_to_the_dense_steps(
+    pools: ranks.Pools,
+) -> None:
+    _, message = pools.run(2, load_an_early_step)
+    assert "is past its dense steps and cannot go back to step 0 (dense_steps=2)" in message
+
+
 def test_costs_are_not_exchanged_in_the_middle_of_a_run(pools: ranks.Pools) -> None:
     for message, exchange in pools.run(2, load_behind_measurements):
         assert "goes by others; load it before the first compressed step" in message
