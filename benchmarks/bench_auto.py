@@ -14,16 +14,14 @@ that much faster (csrc/exchange_auto.h).
 from __future__ import annotations
 
 import argparse
-import signal
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench_wire import Loopback, Namespaces, can_use_namespaces, end
-from bench_wire_time import measure, show, shown_network
+from bench_wire_time import measure, prepare, show, shown_network
 from exchange_arms import ALL_GATHER, AUTO, DENSE
-from timing import RESULTS, goal, paired_ratio, system_metadata, warn_when_busy, write
+from timing import RESULTS, goal, paired_ratio, write
 
 ARMS = [DENSE, ALL_GATHER, AUTO]
 WORTHWHILE = 1.25
@@ -45,20 +43,13 @@ def main() -> int:
     options = parser.parse_args()
     options.arms = ARMS
 
-    signal.signal(signal.SIGTERM, end)
-    system = system_metadata()
-    warn_when_busy(system)
-    if options.network == "namespaces" and not can_use_namespaces():
-        parser.error("network namespaces need root and `ip`")
+    system = prepare(parser, options)
     rows: list[dict[str, Any]] = []
     goals: list[dict[str, Any]] = []
     for given in options.rates:
-        rate = None if given == "none" else given
         for density in options.densities:
             options.density = density
-            shaped = options.network == "namespaces"
-            network = Namespaces(options.ranks, rate) if shaped else Loopback()
-            new_rows, times = measure(network, rate, options)
+            new_rows, times = measure(given, options)
             print(f"\ndensity {density}", end="")
             show(new_rows)
             rows += [{"rate": given, "density": density, **row} for row in new_rows]

@@ -98,9 +98,8 @@ def end_rank() -> None:
     """Wait until the parent has heard all ranks; leave the group."""
     sys.stdin.readline()
     dist.destroy_process_group()
-    time.sleep(
-        0.1
-    )  # for Gloo's threads, which may end the process otherwise: examples/processes.py
+    # For Gloo's threads, which may end the process otherwise: examples/processes.py.
+    time.sleep(0.1)
 
 
 def join(rank: int, world_size: int, interface: str, folder: str) -> None:

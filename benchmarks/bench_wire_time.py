@@ -121,10 +121,22 @@ def run_rank(
 # ---- the parent
 
 
+def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what this machine is, before ranks are started on it."""
+    signal.signal(signal.SIGTERM, end)
+    system = system_metadata()
+    warn_when_busy(system)
+    if options.network == "namespaces" and not can_use_namespaces():
+        parser.error("network namespaces need root and `ip`")
+    return system
+
+
 def measure(
-    network: Namespaces | Loopback, rate: str | None, options: argparse.Namespace
+    given: str, options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    """Return one row per arm, and the times of its steps, ms."""
+    """Return one row per arm at this rate (or "none"), and the times of its steps, ms."""
+    rate = None if given == "none" else given
+    network = Namespaces(options.ranks, rate) if options.network == "namespaces" else Loopback()
     arguments = (
         list(options.arms), options.turns, options.warm_up, options.density, shapes_of(options.layout),
     )  # fmt: skip
@@ -141,7 +153,7 @@ def measure(
         cpu = [statistics.fmean(cpu for _, _, cpu in step) / 1e6 for step in steps]
         sent = statistics.fmean(one["sent"][name][0] for one in heard)
         row: dict[str, Any] = {
-            "rate": rate or "none",
+            "rate": given,
             "arm": name,
             "ms": quartiles(times[name]),
             "cpu_ms_per_rank": quartiles(cpu),
@@ -225,17 +237,11 @@ def main() -> int:
         run_rank(*options.as_rank)
         return 0
 
-    signal.signal(signal.SIGTERM, end)
-    system = system_metadata()
-    warn_when_busy(system)
-    if options.network == "namespaces" and not can_use_namespaces():
-        parser.error("network namespaces need root and `ip`")
+    system = prepare(parser, options)
     rows: list[dict[str, Any]] = []
     goals: list[dict[str, Any]] = []
     for given in options.rates:
-        rate = None if given == "none" else given
-        network = Namespaces(options.ranks, rate) if options.network == "namespaces" else Loopback()
-        new_rows, times = measure(network, rate, options)
+        new_rows, times = measure(given, options)
         show(new_rows)
         rows += new_rows
         if given == GOAL_RATE:

@@ -41,17 +41,14 @@ inline Prediction predict(const ExchangeCosts& costs, ExchangeKind sparse, int64
   const auto payload = static_cast<double>(bucket.payload_bytes), dense = static_cast<double>(bucket.dense_bytes);
   const double ring = 2 * (ranks - 1) / ranks; // of a ring all-reduce: as much as a reduce-scatter and an all-gather
   const auto decode = [&](double entries, double selected) { return entries * costs.decode_entry_s + selected * costs.decode_selected_s; };
+  const double latency_s = world_size == 1 ? 0 : costs.latency_s; // of one rank nothing is sent
   Prediction prediction{};
-  if (world_size == 1) { // nothing is sent, whatever it is called
-    prediction.sparse_s = n * costs.select_entry_s + decode(n, k);
-    return prediction;
-  }
-  prediction.dense_s = 2 * costs.latency_s + ring * dense * costs.byte_s;
+  prediction.dense_s = 2 * latency_s + ring * dense * costs.byte_s;
   if (sparse == ExchangeKind::kSplit)
-    prediction.sparse_s = 2 * costs.latency_s + ring * payload * costs.byte_s + n * costs.select_entry_s + decode(n / ranks, k) +
+    prediction.sparse_s = 2 * latency_s + ring * payload * costs.byte_s + n * costs.select_entry_s + decode(n / ranks, k) +
                           n / ranks * costs.select_entry_s + decode(n, k);
   else
-    prediction.sparse_s = costs.latency_s + (ranks - 1) * payload * costs.byte_s + n * costs.select_entry_s + decode(n, ranks * k);
+    prediction.sparse_s = latency_s + (ranks - 1) * payload * costs.byte_s + n * costs.select_entry_s + decode(n, ranks * k);
   return prediction;
 }
 

@@ -190,7 +190,7 @@ def _stages_on_cpu(density: float, value_format: str) -> list[float]:
 
         decode_s.append(_median_s(decode, cpu))
     selected_s = (decode_s[1] - decode_s[0]) / ((counts[1] - counts[0]) * k)
-    if selected_s <= 0:  # as above
+    if selected_s <= 0:  # a loaded machine: as with the slope
         selected_s = decode_s[1] / (counts[1] * k)
     entry_s = max((decode_s[0] - k * selected_s) / numel, 1e-15)
     return [select_s / numel, entry_s, selected_s]

@@ -28,6 +28,8 @@ from compressed_ddp._native import _C
 SLOW_NETWORK = ExchangeCosts(1e-3, 1e-8, 1e-12, 1e-12, 1e-12)
 # One on which bytes are as good as free.
 FAST_NETWORK = ExchangeCosts(1e-6, 1e-14, 1e-9, 1e-9, 1e-9)
+# Of the buckets that DDP makes of SHAPES that of 1,584 entries travels sparse, and those of 2,040 and 2,407 dense.
+LARGE_ARE_DENSE = ExchangeCosts(1e-3, 1e-12, 3.33e-7, 1e-12, 1e-12)
 DENSITY = 0.01
 
 
@@ -274,13 +276,15 @@ def test_costs_are_not_exchanged_in_the_middle_of_a_run(pools: ranks.Pools) -> N
 
 
 def reduce_with_inf_in_the_dense_bucket(rank: int, world_size: int) -> tuple[Any, ...]:
-    """Of DDP's buckets that of 1,584 entries travels sparse, and those of 2,040 and 2,407 dense."""
-    costs = ExchangeCosts(1e-3, 1e-12, 3.33e-7, 1e-12, 1e-12)
     case = Case(
         "python",
         4,
         gradients_of=replace_in(integers, {("first_weight", 1, 3): float("inf")}),
-        state={"exchange": AutoExchange(costs=costs), "value_format": "fp32", "dense_steps": 2},
+        state={
+            "exchange": AutoExchange(costs=LARGE_ARE_DENSE),
+            "value_format": "fp32",
+            "dense_steps": 2,
+        },
     )
     model, state = build(case)
     kept = []

@@ -13,13 +13,13 @@ import stand_in
 import torch
 import torch.distributed as dist
 from ddp_models import SHAPES, Case, assert_same_bits, both_entries, build, integers, replace_in
+from test_auto import FAST_NETWORK, LARGE_ARE_DENSE
 from test_exchanges import gradient, in_pairs, residual_of, train_from
 from torch import Tensor
 
 from compressed_ddp import AutoExchange, ExchangeCosts, TopKEFState, all_reduce_
 
-# The network is so fast that every bucket travels dense.
-DENSE = AutoExchange(costs=ExchangeCosts(1e-6, 1e-14, 1e-9, 1e-9, 1e-9))
+DENSE = AutoExchange(costs=FAST_NETWORK)  # every bucket
 NUMEL = 5000
 
 
@@ -27,19 +27,24 @@ def whole(rank: int, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return gradient("integers", 0, rank, step, NUMEL).to(dtype)
 
 
-def saved_behind_sparse_steps(rank: int, steps: int = 3) -> dict[str, Any]:
+def saved_behind_sparse_steps(rank: int) -> dict[str, Any]:
     """Its residual holds integers up to 24."""
     state = TopKEFState(density=0.01, dense_steps=0, exchange="allgather", value_format="fp32")
-    for step in range(steps):
+    for step in range(3):
         all_reduce_(whole(rank, step), state, name="w")
     return state.state_dict()
 
 
-def going_on(rank: int, exchange: Any, **options: Any) -> TopKEFState:
+def going_on(
+    rank: int, exchange: Any, held_back: Tensor | None = None, **options: Any
+) -> TopKEFState:
     state = TopKEFState(
         density=0.01, dense_steps=0, exchange=exchange, value_format="fp32", **options
     )
-    state.load_state_dict(saved_behind_sparse_steps(rank))
+    saved = saved_behind_sparse_steps(rank)
+    if held_back is not None:
+        saved["residuals"]["w"] = held_back
+    state.load_state_dict(saved)
     return state
 
 
@@ -88,10 +93,7 @@ def test_a_residual_travels_whole_with_the_first_dense_bucket_and_is_gone(
 def send_what_only_the_average_holds(
     rank: int, world_size: int, exchange: Any, dtype: torch.dtype, value: float, held_back: float
 ) -> tuple[Tensor, list[str]]:
-    saved = saved_behind_sparse_steps(rank)
-    saved["residuals"]["w"] = torch.full((NUMEL,), held_back if rank == 0 else 0.0)
-    state = TopKEFState(density=0.01, dense_steps=0, exchange=exchange, value_format="fp32")
-    state.load_state_dict(saved)
+    state = going_on(rank, exchange, torch.full((NUMEL,), held_back if rank == 0 else 0.0))
     gradient = torch.full((NUMEL,), value if rank == 0 else -value).to(dtype)
     return all_reduce_(gradient, state, name="w"), sorted(state.state_dict()["residuals"])
 
@@ -202,15 +204,14 @@ def test_without_error_feedback_a_loaded_residual_stays_where_it_is(pools: ranks
 
 # ---- models
 
-# Of DDP's buckets those of 1,584, 2,040 and 2,407 entries: the first travels sparse and the others dense, or the other way round; the
-# one bucket of the whole model, in the first step of a process, like the larger ones.
-LARGE_ARE_DENSE = ExchangeCosts(1e-3, 1e-12, 3.33e-7, 1e-12, 1e-12)
+# LARGE_ARE_DENSE the other way round. With either, the one bucket of the whole model, in the first step of a process, goes like the
+# large ones.
 LARGE_ARE_SPARSE = ExchangeCosts(1e-15, 1e-9, 2.894e-9, 1e-15, 1e-15)
 
 
-def mixed_case(entry: str, costs: ExchangeCosts, steps: int = 8, **changes: Any) -> Case:
+def mixed_case(entry: str, costs: ExchangeCosts, steps: int = 8) -> Case:
     options = {"exchange": AutoExchange(costs=costs), "value_format": "fp32", "dense_steps": 2}
-    return Case(entry, steps, gradients_of=integers, state=options, **changes)
+    return Case(entry, steps, gradients_of=integers, state=options)
 
 
 def kinds_of(saved: dict[str, Any]) -> dict[str, tuple[str, int]]:

@@ -8,7 +8,7 @@ import math
 import re
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import contracts
@@ -138,17 +138,19 @@ def test_over_all_nodes_nothing_is_lost_or_made(
     assert not total[compressed].any()
 
 
-def reduce_on_many_nodes(rank: int, world_size: int, run: Run) -> list[Seen]:
+def without_warnings(
+    rank: int, world_size: int, function: Callable[..., Any], *arguments: Any
+) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return reduce_shards(rank, world_size, run)
+        return function(rank, world_size, *arguments)
 
 
 def test_above_16_nodes_the_shards_travel_by_split(seed: int) -> None:
     """One rank per node: bit for bit what "split" alone gives."""
     run = Run("normal", seed, 2, options=options_of(1))
     plain = Run("normal", seed, 2, options=(("exchange", "split"),))
-    hierarchical = ranks.run(17, reduce_on_many_nodes, run, timeout_s=120)
+    hierarchical = ranks.run(17, without_warnings, reduce_shards, run, timeout_s=120)
     split = ranks.run(17, reduce_steps, plain, timeout_s=120)
     for ours, theirs in zip(hierarchical, split):
         for one, other in zip(ours, theirs):
@@ -604,6 +606,12 @@ def reduce_with_damage(rank: int, world_size: int, victim: int) -> tuple[str, Te
     return message, before, after, last
 
 
+def mean_of_the_damaged_step(rank: int) -> Tensor:
+    """Of the gradients of its node, this rank's shard."""
+    node = [gradient("integers", 0, rank // 2 * 2 + other, 1, 4000) for other in range(2)]
+    return sum(node)[contracts.shard_of(4000, rank % 2, 2)] / 2
+
+
 @stand_in.host_contract
 @needs_python_groups
 def test_a_damaged_payload_between_nodes_is_refused_by_every_rank_that_it_reaches(
@@ -613,28 +621,16 @@ def test_a_damaged_payload_between_nodes_is_refused_by_every_rank_that_it_reache
     for rank, (message, before, after, _) in enumerate(outcomes):
         assert "failed at step 1" in message, rank
         assert re.search("the (payload|shard) of rank [13]", message), "of the owners of that shard"
-        shard = contracts.shard_of(4000, rank % 2, 2)
-        first = rank // 2 * 2
-        mean = (
-            gradient("integers", 0, first, 1, 4000) + gradient("integers", 0, first + 1, 1, 4000)
-        )[shard] / 2
-        assert_same_bits(after + 0, before + mean + 0, "nothing is lost")
-
-
-def reduce_with_damage_on_many_nodes(
-    rank: int, world_size: int, victim: int
-) -> tuple[str, Tensor, Tensor, str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return reduce_with_damage(rank, world_size, victim)
+        expected = before + mean_of_the_damaged_step(rank)
+        assert_same_bits(after + 0, expected + 0, "nothing is lost")
 
 
 @stand_in.host_contract
 @needs_python_groups
 def test_above_16_nodes_a_damaged_average_is_refused_by_every_rank_and_nothing_is_lost() -> None:
     """Of an owner of odd rank: those that own the same shard refuse its bytes, and tell the others of their nodes."""
-    victim, numel = 5, 4000
-    outcomes = ranks.run(34, reduce_with_damage_on_many_nodes, victim, timeout_s=120)
+    victim = 5
+    outcomes = ranks.run(34, without_warnings, reduce_with_damage, victim, timeout_s=120)
     for rank, (message, before, after, last) in enumerate(outcomes):
         assert "failed at step 1" in message and last == "", (rank, message, last)
         if rank % 2 == victim % 2:
@@ -643,11 +639,7 @@ def test_above_16_nodes_a_damaged_average_is_refused_by_every_rank_and_nothing_i
             assert f"the shard of rank {rank + 1} is not what this rank expects" in message
             # The victim's mate gets damaged bytes inside the node, too.
             assert ("its rank had nothing to send" in message) == (rank != victim - 1)
-        first = rank // 2 * 2
-        mean = gradient("integers", 0, first, 1, numel) + gradient(
-            "integers", 0, first + 1, 1, numel
-        )
-        expected = before + mean[contracts.shard_of(numel, rank % 2, 2)] / 2
+        expected = before + mean_of_the_damaged_step(rank)
         # Averages of 17 nodes are rounded, and what their owners took over of that has been given back.
         torch.testing.assert_close(after, expected, rtol=0, atol=1e-6)
 
